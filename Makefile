@@ -1,0 +1,40 @@
+# make demo     install, train on the embedded data, print the results and the path of the report
+# make test     install, then check style and types and run all tests
+# make results  train three seeds and write docs/results.md
+# make lint | clean
+
+PYTHON ?= python3
+VENV ?= .venv
+SEEDS ?= 0
+RUNS ?= runs
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
+
+.PHONY: install demo results test lint clean
+
+install: $(INSTALLED)
+
+# the build reads PyTorch's headers, so PyTorch goes in first and build isolation is off
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision setuptools ninja pybind11
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python benchmarks/accuracy.py --seeds $(SEEDS) --runs $(RUNS)
+
+results: install
+	$(BIN)/python benchmarks/accuracy.py --seeds 0 1 2 --runs $(RUNS) --write docs/results.md
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info cmaclip_fast/*.so cmaclip_fast/_build.py .pytest_cache .mypy_cache .ruff_cache $(INSTALLED)

@@ -1,0 +1,17 @@
+"""CMA-CLIP (arXiv 2112.03562): fast classification of image-text pairs."""
+
+from cmaclip_fast.errors import InputError
+from cmaclip_fast.types import AttentionMaps, Batch, Output
+
+__version__ = "0.1.0"
+
+__all__ = ["CMACLIP", "AttentionMaps", "Batch", "InputError", "Output", "create_model"]
+
+
+def __getattr__(name: str) -> object:
+    # open_clip takes seconds to import, which `cmaclip --help` and the operators do without
+    if name in ("CMACLIP", "create_model"):
+        from cmaclip_fast import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module 'cmaclip_fast' has no attribute '{name}'")

@@ -1,0 +1,154 @@
+"""The folder that training writes and everything else reads: weights, configuration, thresholds, metrics.
+
+Weights are safetensors, the rest is JSON: nothing in the folder is code, so one from a stranger is safe to open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import cmaclip_fast
+from cmaclip_fast.data.preprocess import ImagePreprocessing
+from cmaclip_fast.data.tokenizer import tokenizer_from_dict
+from cmaclip_fast.errors import InputError
+from cmaclip_fast.model import CMACLIP, ModelConfig, build_model
+
+FORMAT = 1
+WEIGHTS, CONFIG, THRESHOLDS, METRICS = "model.safetensors", "config.json", "thresholds.json", "metrics.json"
+
+
+class DataColumns(BaseModel):
+    """Where the training data had its pictures, texts and labels; the defaults of later commands."""
+
+    image: str | None
+    text: str | None
+    tasks: list[str]
+
+
+class ArtifactConfig(BaseModel):
+    """`config.json`: all that is needed to build the model again and to read data for it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = FORMAT
+    system: str = "cma-clip"
+    model: ModelConfig
+    tasks: dict[str, list[str]]
+    preprocessing: ImagePreprocessing
+    tokenizer: dict[str, Any]
+    columns: DataColumns
+    source: str
+    training: dict[str, Any]
+    versions: dict[str, str]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made an artefact."""
+    return {
+        "cmaclip_fast": cmaclip_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "open_clip": open_clip.__version__,
+    }
+
+
+def save_model(directory: Path, model: CMACLIP, columns: DataColumns, source: str, training: dict[str, Any]) -> None:
+    """Writes `model.safetensors` and `config.json` into an existing folder."""
+    config = ArtifactConfig(
+        model=model.config,
+        tasks=model.tasks,
+        preprocessing=model.preprocessing,
+        tokenizer=model.tokenizer.to_dict(),
+        columns=columns,
+        source=source,
+        training=training,
+        versions=versions(),
+    )
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, directory / WEIGHTS)
+    write_json(directory / CONFIG, config.model_dump(mode="json"))
+
+
+def load_config(directory: str | Path) -> ArtifactConfig:
+    """Reads and checks `config.json`.
+
+    Raises:
+        InputError: the folder or file is missing, damaged, or of another format.
+    """
+    path = Path(directory) / CONFIG
+    if not path.is_file():
+        raise InputError(f"{directory}: no {CONFIG} in it: name a folder that `cmaclip train` wrote")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(raw, dict) and raw.get("format", FORMAT) != FORMAT:
+            raise InputError(
+                f"{path}: format {raw['format']} is not this version's ({FORMAT}): use the cmaclip_fast that wrote it"
+            )
+        return ArtifactConfig.model_validate(raw)
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: damaged or not an artefact's ({reason}): train again, or restore the file") from None
+
+
+def load_model(directory: str | Path, device: str | torch.device = "cpu") -> CMACLIP:
+    """Builds the model of an artefact, in evaluation mode.
+
+    Raises:
+        InputError: the folder is missing, incomplete, or damaged.
+    """
+    config = load_config(directory)
+    path = Path(directory) / WEIGHTS
+    if not path.is_file():
+        raise InputError(f"{path}: missing: restore it, or train again")
+    model = build_model(config.model, config.tasks, tokenizer=tokenizer_from_dict(config.tokenizer))
+    model.preprocessing = config.preprocessing
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: does not hold this model's weights ({reason}): restore it, or train again") from None
+    return model.to(device).eval()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def whole_directory(target: Path, worth_keeping: str) -> Iterator[Path]:
+    """A working folder beside `target`, `NAME.partial`, that takes its name only when the block ends without an error.
+
+    After an error it stays only if the file `worth_keeping` is in it.
+    """
+    partial = partial_directory(target)
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+    except BaseException:
+        if not (partial / worth_keeping).exists():
+            shutil.rmtree(partial)
+        raise
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(partial, target)
+
+
+def partial_directory(target: Path) -> Path:
+    """Where a run towards `target` keeps its unfinished work."""
+    return target.with_name(target.name + ".partial")

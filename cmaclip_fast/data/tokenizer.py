@@ -1,0 +1,229 @@
+"""Texts to tokens: open_clip's tokenizers, or a small vocabulary trained on the data and stored with the model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
+
+import open_clip
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Engine
+from torch import Tensor
+
+from cmaclip_fast.data.files import near
+from cmaclip_fast.errors import InputError
+
+Kind = Literal["bpe", "word"]
+
+
+class Tokenizer(ABC):
+    """Texts to padded tokens with a start and an end token, and back to pieces that can be read.
+
+    Attributes:
+        context_length: the most tokens of a text, start and end token counted.
+        vocab_size: tokens are below this.
+        bos, eot, pad: the start, end and padding token.
+    """
+
+    context_length: int
+    vocab_size: int
+    bos: int
+    eot: int
+    pad: int
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str | None]) -> tuple[Tensor, Tensor, int]:
+        """Tokens `[B, context_length]` int64, padded on the right; lengths `[B]` int32; how many texts were too long.
+
+        A text that is too long loses its tail and keeps its end token. An absent text is a start and an end token.
+        """
+
+    @abstractmethod
+    def decode_tokens(self, ids: Sequence[int] | Tensor) -> list[str]:
+        """For each token the piece of text that it stands for."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """All that `tokenizer_from_dict` needs, as JSON values."""
+
+
+def tokenizer_from_dict(state: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that `to_dict` told of."""
+    known: dict[str, type[OpenClipTokenizer] | type[TrainedTokenizer]] = {
+        "open_clip": OpenClipTokenizer,
+        "trained": TrainedTokenizer,
+    }
+    if state.get("type") not in known:
+        raise InputError(
+            f"tokenizer type '{state.get('type')}' is unknown; use a version of cmaclip_fast that knows it"
+        )
+    return known[state["type"]].from_dict(state)
+
+
+class OpenClipTokenizer(Tokenizer):
+    """The tokenizer of any open_clip model, by the model's name.
+
+    Raises:
+        InputError: an unknown name, or a tokenizer that needs a library which is not installed.
+    """
+
+    def __init__(self, name: str, context_length: int | None = None) -> None:
+        if ":" not in name and name not in open_clip.list_models():
+            raise InputError(f"open_clip has no model '{name}'{near(name, open_clip.list_models())}")
+        try:
+            self._tokenizer = open_clip.get_tokenizer(name, context_length=context_length)
+        except ImportError as error:
+            raise InputError(f"the tokenizer of '{name}' needs transformers; install cmaclip_fast[hf]") from error
+        except OSError as error:
+            cause = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"the tokenizer of '{name}' cannot be loaded ({cause}); connect, or fetch it once"
+            ) from error
+        self.name = name
+        self.context_length = int(self._tokenizer.context_length)
+        if isinstance(self._tokenizer, SimpleTokenizer):
+            self.bos, self.eot, self.pad = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id, 0
+            self.vocab_size = self._tokenizer.vocab_size
+        else:
+            inner = self._tokenizer.tokenizer
+            self.bos = _first(inner.bos_token_id, inner.cls_token_id, inner.pad_token_id)
+            self.eot = _first(inner.eos_token_id, inner.sep_token_id, inner.pad_token_id)
+            self.pad = _first(inner.pad_token_id)
+            self.vocab_size = len(inner)
+
+    def encode(self, texts: Sequence[str | None]) -> tuple[Tensor, Tensor, int]:
+        given = [text or "" for text in texts]
+        if not given:
+            return torch.zeros(0, self.context_length, dtype=torch.int64), torch.zeros(0, dtype=torch.int32), 0
+        tokens = self._tokenizer(given, self.context_length + 1)
+        long = (self._lengths(tokens) > self.context_length).nonzero().flatten().tolist()
+        tokens = tokens[:, : self.context_length].clone()
+        if long:
+            tokens[long] = self._tokenizer([given[i] for i in long], self.context_length)
+        return tokens, self._lengths(tokens), len(long)
+
+    def decode_tokens(self, ids: Sequence[int] | Tensor) -> list[str]:
+        numbers = [int(i) for i in ids]
+        if not isinstance(self._tokenizer, SimpleTokenizer):
+            pieces = self._tokenizer.tokenizer.convert_ids_to_tokens(numbers)
+            return [piece.replace("▁", "").replace("Ġ", "") for piece in pieces]
+        names = {self.bos: "<start>", self.eot: "<end>"}
+        return [names.get(number) or self._tokenizer.decode([number]).strip() for number in numbers]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": "open_clip", "name": self.name, "context_length": self.context_length}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> OpenClipTokenizer:
+        return cls(state["name"], state["context_length"])
+
+    def _lengths(self, tokens: Tensor) -> Tensor:
+        """The place of the end token plus one; where a tokenizer writes none, the tokens that are not padding."""
+        is_end = tokens == self.eot
+        is_end[:, 0] = False
+        end = is_end.int().argmax(dim=1) + 1
+        return torch.where(is_end.any(dim=1), end, (tokens != self.pad).sum(dim=1)).int()
+
+
+class TrainedTokenizer(Tokenizer):
+    """A vocabulary learnt from the training texts, for models trained from scratch; made by `train`.
+
+    Texts are split at spaces, punctuation, underscores, digits and changes of case within a word, lowercased, and
+    stripped of accents. The whole of it is one JSON object.
+    """
+
+    _SPECIAL = ("<pad>", "<start>", "<end>", "<unknown>")
+
+    def __init__(self, engine: Engine, context_length: int) -> None:
+        if context_length < 3:
+            raise ValueError(f"context_length {context_length} has no room for a token between start and end; use 3 up")
+        self._engine = engine
+        self.context_length = context_length
+        self.pad, self.bos, self.eot, self.unknown = range(len(self._SPECIAL))
+        self.vocab_size = engine.get_vocab_size()
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str | None],
+        kind: Kind = "bpe",
+        vocab_size: int = 4096,
+        context_length: int = 32,
+        min_frequency: int = 2,
+    ) -> TrainedTokenizer:
+        """Learns a vocabulary; the same texts give the same one.
+
+        Args:
+            texts: absent ones are passed over.
+            kind: `bpe` cuts rare words into pieces; `word` makes them unknown.
+            vocab_size: at most this many tokens, the four special ones counted.
+            min_frequency: words (`word`) or pairs (`bpe`) seen less often are left out.
+
+        Raises:
+            InputError: there is no text to learn from.
+        """
+        if kind not in get_args(Kind):
+            raise ValueError(f"kind '{kind}' is unknown; use one of {', '.join(get_args(Kind))}")
+        present = [text for text in texts if text]
+        if not present:
+            raise InputError("a tokenizer cannot be trained without texts; name the column of text, or use open_clip's")
+        options: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "min_frequency": min_frequency,
+            "special_tokens": list(cls._SPECIAL),
+            "show_progress": False,
+        }
+        if kind == "bpe":
+            engine = Engine(models.BPE(unk_token="<unknown>"))
+            # end_of_word_suffix would number tokens in the order of a hash map, another one in every process
+            splits = [pre_tokenizers.Metaspace(prepend_scheme="always")]
+            trainer: Any = trainers.BpeTrainer(**options)
+        else:
+            engine = Engine(models.WordLevel(unk_token="<unknown>"))
+            splits = []
+            trainer = trainers.WordLevelTrainer(**options)
+        engine.normalizer = _normalizer()
+        engine.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(), *splits])
+        engine.train_from_iterator(present, trainer)
+        return cls(engine, context_length)
+
+    def encode(self, texts: Sequence[str | None]) -> tuple[Tensor, Tensor, int]:
+        room = self.context_length - 2
+        inner = [encoding.ids for encoding in self._engine.encode_batch([text or "" for text in texts])]
+        tokens = torch.full((len(inner), self.context_length), self.pad, dtype=torch.int64)
+        for row, ids in enumerate(inner):
+            whole = [self.bos, *ids[:room], self.eot]
+            tokens[row, : len(whole)] = torch.tensor(whole)
+        lengths = torch.tensor([min(len(ids), room) + 2 for ids in inner], dtype=torch.int32)
+        return tokens, lengths, sum(len(ids) > room for ids in inner)
+
+    def decode_tokens(self, ids: Sequence[int] | Tensor) -> list[str]:
+        return [(self._engine.id_to_token(int(i)) or "").replace("▁", "") for i in ids]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": "trained", "context_length": self.context_length, "tokenizer": self._engine.to_str()}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> TrainedTokenizer:
+        return cls(Engine.from_str(state["tokenizer"]), state["context_length"])
+
+
+def _normalizer() -> normalizers.Normalizer:
+    change_of_case = r"(?<=[\p{Ll}\p{N}])(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})"
+    return normalizers.Sequence(
+        [
+            normalizers.NFC(),  # 'É' must be one capital before changes of case are looked for
+            normalizers.Replace(Regex(change_of_case), " "),
+            normalizers.Replace("_", " "),
+            normalizers.NFKD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+        ]
+    )
+
+
+def _first(*ids: int | None) -> int:
+    return next(number for number in ids if number is not None)

@@ -1,0 +1,109 @@
+"""Runs a model over a table and measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor
+
+from cmaclip_fast.data.examples import Examples, make_loader
+from cmaclip_fast.metrics import TaskMetrics, task_metrics
+from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.types import Batch, Output
+
+VIEWS: dict[str, dict[str, bool]] = {"both": {}, "text alone": {"image": False}, "image alone": {"text": False}}
+"""What the model is given of each row: both modalities, or one with the other hidden (see `Batch.keep`)."""
+
+
+@dataclass
+class Classified:
+    """A model's answers for the rows of a table.
+
+    Attributes:
+        probabilities: for each task `[N, C_task]`.
+        labels: for each task `[N]`, -1 where unlabelled.
+        weights: for each task `[N, 2]`, text and image; None for a system without them.
+        present: `[N, 2]`, what each row had.
+    """
+
+    probabilities: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    weights: dict[str, Tensor] | None
+    present: Tensor
+
+    def loss(self) -> float:
+        """The mean over tasks of the mean negative log-likelihood of their labelled rows."""
+        losses = [
+            F.nll_loss(self.probabilities[task].clamp_min(1e-12).log(), labels, ignore_index=-1)
+            for task, labels in self.labels.items()
+            if (labels >= 0).any()
+        ]
+        return float(torch.stack(losses).mean()) if losses else 0.0
+
+    def metrics(self, target_precision: float = 0.9) -> dict[str, TaskMetrics]:
+        """Each task's metrics on its labelled rows."""
+        return {
+            task: task_metrics(probabilities, self.labels[task], target_precision)
+            for task, probabilities in self.probabilities.items()
+            if task in self.labels
+        }
+
+
+def classify(
+    model: CMACLIP,
+    examples: Examples,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    view: str = "both",
+    description: str | None = None,
+) -> Classified:
+    """Classifies all rows, in order.
+
+    Args:
+        view: a key of `VIEWS`.
+        description: shown with a progress bar; None shows none.
+    """
+    outputs: list[Output] = []
+    batches: list[Batch] = []
+    for batch, output in run(model, examples, batch_size, device, view, description):
+        outputs.append(output)
+        batches.append(batch)
+    tasks = list(outputs[0].logits)
+    weights = None
+    if outputs[0].modality_weights is not None:
+        weights = {
+            t: torch.cat([o.modality_weights[t].float().cpu() for o in outputs if o.modality_weights]) for t in tasks
+        }
+    return Classified(
+        {task: torch.cat([o.logits[task].float().softmax(1).cpu() for o in outputs]) for task in tasks},
+        {task: torch.cat([b.labels[task].cpu() for b in batches]) for task in tasks if task in batches[0].labels},
+        weights,
+        torch.cat([b.present.cpu() for b in batches]),
+    )
+
+
+@torch.inference_mode()
+def run(
+    model: CMACLIP,
+    examples: Examples,
+    batch_size: int,
+    device: torch.device | str,
+    view: str = "both",
+    description: str | None = None,
+    with_attention: bool = False,
+) -> Iterator[tuple[Batch, Output]]:
+    """Runs the model in evaluation mode over the rows, a batch at a time, and restores its mode."""
+    was_training = model.training
+    model.eval()
+    loader = make_loader(examples, batch_size, shuffle=False)
+    batches = loader if description is None else track(loader, description, len(loader), transient=True)
+    try:
+        for batch in batches:
+            batch = batch.keep(**VIEWS[view]).to(device)
+            yield batch, model(batch, with_attention) if with_attention else model(batch)
+    finally:
+        model.train(was_training)

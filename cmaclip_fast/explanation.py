@@ -1,0 +1,93 @@
+"""What the model looked at: modality weights and attention maps of single rows (paper, figure 2)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cmaclip_fast.data.examples import Examples
+from cmaclip_fast.data.table import Table
+from cmaclip_fast.evaluation import run
+from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.prediction import Prediction, read_output
+from cmaclip_fast.report import ExampleView
+from cmaclip_fast.report import Prediction as PredictionView
+from cmaclip_fast.types import AttentionMaps, Batch
+
+
+def explain(model: CMACLIP, table: Table, device: torch.device | str = "cpu") -> list[ExampleView]:
+    """Predictions, modality weights and attention maps of the rows of a table.
+
+    The maps are the last sequence-wise layer's, averaged over heads; a model without sequence-wise attention, or
+    whose image tokens are no grid of patches, has none.
+    """
+    examples = Examples(table, _known_tasks(model, table), model.preprocessing, model.tokenizer, unknown="ignore")
+    views: list[ExampleView] = []
+    for batch, output in run(model, examples, 32, device, with_attention=True):
+        for index, predictions in enumerate(read_output(output, model.tasks)):
+            views.append(_view(model, table, len(views), batch, index, predictions, output.attention))
+    return views
+
+
+def _known_tasks(model: CMACLIP, table: Table) -> dict[str, list[str]]:
+    return {task: names for task, names in model.tasks.items() if task in table.columns.tasks}
+
+
+def _view(
+    model: CMACLIP,
+    table: Table,
+    row: int,
+    batch: Batch,
+    index: int,
+    predictions: dict[str, Prediction],
+    attention: AttentionMaps | None,
+) -> ExampleView:
+    keys = [str(value) for value in table.keys(row).values() if value is not None]
+    labels = {task: int(values[index]) for task, values in batch.labels.items()}
+    view = ExampleView(
+        row=table.row_number(row),
+        key=" ".join(keys),
+        image=_seen(model, table, row),
+        text=table.text(row),
+        predictions={
+            task: PredictionView(
+                label=model.tasks[task][labels[task]] if labels.get(task, -1) >= 0 else None,
+                predicted=said.label,
+                probability=said.probability,
+                top=list(said.top),
+                weights=None
+                if said.text_weight is None or said.image_weight is None
+                else (said.text_weight, said.image_weight),
+            )
+            for task, said in predictions.items()
+        },
+    )
+    if attention is None:
+        return view
+    weights, count = attention.weights[index].float().cpu(), int(attention.text_tokens[index])
+    if count:
+        ids = batch.tokens[index, :count].tolist()
+        view.tokens = model.tokenizer.decode_tokens(ids)
+    grid = model.image_tower.grid
+    text_row = 0 if model.text_tower.global_first else count - 1
+    if count and len(view.tokens) == count:
+        view.text_global_to_token = weights[text_row, :count].numpy()
+    if grid is not None and len(weights) > count:
+        view.image_global_to_patch = _map(weights[count, count + 1 :], grid)
+        if count and len(view.tokens) == count:
+            view.token_to_patch = np.stack([_map(weights[token, count + 1 :], grid) for token in range(count)])
+    return view
+
+
+def _seen(model: CMACLIP, table: Table, row: int) -> Image.Image | None:
+    """The picture as the image tower sees it, which is what the patches cover."""
+    picture = table.image(row, model.preprocessing.background)
+    if picture is None:
+        return None
+    return Image.fromarray(model.preprocessing.pixels(picture).permute(1, 2, 0).numpy())
+
+
+def _map(weights: Tensor, grid: tuple[int, int]) -> np.ndarray:
+    return weights.view(*grid).numpy()

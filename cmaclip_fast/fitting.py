@@ -1,0 +1,413 @@
+"""The training loop: epochs, schedule, averaged weights, early stopping, checkpoints. It knows no file formats."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from cmaclip_fast.data.augment import Augmentation
+from cmaclip_fast.data.examples import Examples, make_loader
+from cmaclip_fast.errors import InputError
+from cmaclip_fast.evaluation import classify
+from cmaclip_fast.losses import contrastive_loss, multitask_loss
+from cmaclip_fast.metrics import task_metrics
+from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.types import IMAGE, TEXT, Batch
+
+log = logging.getLogger("cmaclip_fast")
+
+
+class TrainingConfig(BaseModel):
+    """How a model is trained. The defaults fit fine-tuning a pretrained CLIP; `TINY_TRAINING` fits `tiny`.
+
+    Attributes:
+        epochs: passes over the training rows.
+        batch_size: rows of a step (on each device).
+        learning_rate: peak, for projections, attention and heads.
+        tower_learning_rate: peak, for the two towers.
+        weight_decay: AdamW's, not on norms, biases and embeddings of position, type or class.
+        warmup: share of all steps with a rising rate; a cosine follows, down to 1 % of the peak.
+        clip_norm: largest norm of the gradient.
+        label_smoothing: share of the probability spread over all classes.
+        text_dropout, image_dropout: how often a row's text, or its picture, is hidden in training, where it has both.
+        augmentation: random changes of pictures and texts in training; None for none.
+        auxiliary_weight: of the loss of the model's auxiliary heads.
+        contrastive_epochs: passes over the training pairs with CLIP's own loss before the tasks.
+        ema_decay: of the running average of the weights, which is what is evaluated and kept; 0 for none.
+        patience: epochs without a better validation score before training stops; 0 for never.
+        mixed_precision: of the devices that can.
+        accumulate: batches whose gradients are added up before a step.
+        workers: processes that load data.
+        seed: of weights, order and augmentation; a run on CPU repeats bit for bit on the same machine.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    epochs: int = Field(10, ge=1)
+    batch_size: int = Field(64, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    tower_learning_rate: float = Field(1e-5, ge=0)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    clip_norm: float = Field(1.0, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    text_dropout: float = Field(0.1, ge=0, le=1)
+    image_dropout: float = Field(0.1, ge=0, le=1)
+    augmentation: Augmentation | None = Field(default_factory=Augmentation)
+    auxiliary_weight: float = Field(0.5, ge=0)
+    contrastive_epochs: int = Field(0, ge=0)
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    patience: int = Field(0, ge=0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    accumulate: int = Field(1, ge=1)
+    workers: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0)
+
+
+TINY_TRAINING = TrainingConfig(
+    epochs=40,
+    batch_size=64,
+    learning_rate=1e-3,
+    tower_learning_rate=1e-3,
+    label_smoothing=0.1,
+    text_dropout=0.15,
+    image_dropout=0.15,
+    augmentation=Augmentation(word_dropout=0.15),
+    ema_decay=0.998,
+)
+
+
+class Objective(nn.Module):
+    """A model and its loss as one module, so that a distributed wrapper sees all that has gradients."""
+
+    def __init__(self, model: CMACLIP, config: TrainingConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+
+    def forward(self, batch: Batch, contrastive: bool = False) -> Tensor:
+        """The loss of a batch, a scalar: the mean over tasks, or CLIP's contrastive loss over the complete pairs."""
+        if contrastive:
+            image, text = self.model.contrastive_features(batch)
+            complete = batch.present.all(1)
+            return contrastive_loss(image[complete], text[complete], self.model.logit_scale)
+        output = self.model(self._hide(batch) if self.training else batch)
+        smoothing = self.config.label_smoothing
+        loss = torch.stack(list(multitask_loss(output.logits, batch.labels, smoothing).values())).mean()
+        if self.training and self.model.config.auxiliary_heads and self.config.auxiliary_weight:
+            for modality, logits in enumerate(self.model.auxiliary_logits(output)):
+                seen = batch.present[:, modality]
+                labels = {task: label.where(seen, -1) for task, label in batch.labels.items()}
+                alone = torch.stack(list(multitask_loss(logits, labels, smoothing).values())).mean()
+                loss = loss + self.config.auxiliary_weight * alone
+        return loss
+
+    def _hide(self, batch: Batch) -> Batch:
+        """Modality dropout: hides the text of some complete pairs and the picture of some others."""
+        draw = torch.rand(len(batch), device=batch.present.device)
+        both = batch.present.all(1)
+        present = batch.present.clone()
+        present[:, TEXT] &= ~(both & (draw < self.config.text_dropout))
+        present[:, IMAGE] &= ~(both & (draw > 1 - self.config.image_dropout))
+        return Batch(batch.images, batch.tokens, batch.text_lengths, present, batch.labels, batch.rows)
+
+
+@dataclass
+class Progression:
+    """Where a run stands; what a checkpoint holds beside tensors."""
+
+    epoch: int = 0
+    step: int = 0
+    best_score: float = -math.inf
+    best_epoch: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def fit(
+    model: CMACLIP,
+    training: Examples,
+    validation: Examples,
+    config: TrainingConfig,
+    checkpoint: Path,
+    console: Console,
+    target_precision: float = 0.9,
+) -> Progression:
+    """Trains `model` in place and leaves it with the weights of its best epoch.
+
+    Args:
+        checkpoint: file written after every epoch; where it exists, training goes on from it to the same result.
+        console: for the progress bar.
+
+    Raises:
+        InputError: the checkpoint is damaged or of another model.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulate,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    objective = Objective(model, config)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98))
+    loader = make_loader(
+        training, config.batch_size, shuffle=True, seed=config.seed, workers=config.workers, drop_last=True
+    )
+    if len(loader) == 0:
+        raise InputError(
+            f"{len(training)} training rows are fewer than one batch of {config.batch_size}: lower --batch-size"
+        )
+    objective, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
+    average = AveragedModel(model, multi_avg_fn=_warm_average(config.ema_decay)) if config.ema_decay else None
+    best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    progress_state = Progression()
+    if checkpoint.exists():
+        progress_state = load_checkpoint(checkpoint, model, average, optimizer, best)
+        log.info("resumed after epoch %d", progress_state.epoch)
+
+    steps = math.ceil(len(loader) / config.accumulate)
+    stages = config.contrastive_epochs + config.epochs
+    schedule = _schedule(config, steps)
+    kept = model if average is None else cast(CMACLIP, average.module)
+    with _progress(console, accelerator.is_local_main_process) as bar:
+        task = bar.add_task("training", total=stages * len(loader), completed=progress_state.epoch * len(loader))
+        while progress_state.epoch < stages:
+            epoch = progress_state.epoch
+            if config.patience and epoch - progress_state.best_epoch >= config.patience and progress_state.best_epoch:
+                log.info("stopped: no better validation score for %d epochs", config.patience)
+                break
+            contrastive = epoch < config.contrastive_epochs
+            started = time.perf_counter()
+            # all randomness of an epoch follows from (seed, epoch), so a resumed run repeats it
+            torch.manual_seed(config.seed * 1_000_003 + epoch)
+            training.set_epoch(epoch)
+            loader.set_epoch(epoch)
+            objective.train()
+            total = torch.zeros((), device=accelerator.device)
+            waited, asked = 0.0, time.perf_counter()
+            for batch in loader:
+                waited += time.perf_counter() - asked
+                with accelerator.accumulate(objective):
+                    loss = objective(batch, contrastive)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
+                        for group in optimizer.param_groups:
+                            group["lr"] = group["peak"] * schedule(progress_state.step)
+                        progress_state.step += 1
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if accelerator.sync_gradients and average is not None:
+                    average.update_parameters(model)
+                total += loss.detach()
+                bar.advance(task)
+                asked = time.perf_counter()
+            train_loss = float(accelerator.reduce(total, "mean")) / len(loader)
+            train_seconds = time.perf_counter() - started
+            if not math.isfinite(train_loss):
+                raise InputError(
+                    f"training diverged in epoch {epoch + 1} (loss {train_loss}): lower the learning rates, "
+                    "then go on with --resume"
+                )
+            record = {
+                "epoch": epoch + 1,
+                "contrastive": float(contrastive),
+                "train_loss": train_loss,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "rows_per_second": len(loader) * config.batch_size * accelerator.num_processes / train_seconds,
+                "waiting_for_data": waited / train_seconds,
+            }
+            progress_state.epoch += 1
+            if not contrastive:
+                record |= validate(kept, validation, config, accelerator.device, target_precision)
+                score = record["score"]
+                if score > progress_state.best_score:
+                    progress_state.best_score, progress_state.best_epoch = score, progress_state.epoch
+                    best = {name: tensor.clone() for name, tensor in kept.state_dict().items()}
+            progress_state.seconds += time.perf_counter() - started
+            progress_state.history.append(record)
+            log.info("%s", describe_epoch(record, stages))
+            if accelerator.is_main_process:
+                save_checkpoint(checkpoint, model, average, optimizer, best, progress_state)
+    model.load_state_dict(best)
+    return progress_state
+
+
+def validate(
+    model: CMACLIP, examples: Examples, config: TrainingConfig, device: torch.device, target_precision: float
+) -> dict[str, float]:
+    """Loss, score (the mean accuracy of the tasks) and each task's accuracy on the validation rows."""
+    result = classify(model, examples, config.batch_size, device)
+    record: dict[str, float] = {"validation_loss": result.loss()}
+    accuracies = []
+    for task, probabilities in result.probabilities.items():
+        metrics = task_metrics(probabilities, result.labels[task], target_precision)
+        record[f"accuracy/{task}"] = metrics.accuracy
+        if metrics.rows:
+            accuracies.append(metrics.accuracy)
+    record["score"] = sum(accuracies) / max(len(accuracies), 1)
+    return record
+
+
+def describe_epoch(record: dict[str, float], stages: int) -> str:
+    """One line for the log."""
+    parts = [f"epoch {int(record['epoch'])}/{stages}", f"loss {record['train_loss']:.3f}"]
+    if record["contrastive"]:
+        parts.insert(1, "contrastive")
+    if "validation_loss" in record:
+        parts.append(f"validation {record['validation_loss']:.3f}")
+    parts += [f"{k.removeprefix('accuracy/')} {v:.3f}" for k, v in record.items() if k.startswith("accuracy/")]
+    parts.append(f"{record['rows_per_second']:.0f} rows/s")
+    return "  ".join(parts)
+
+
+def parameter_groups(model: CMACLIP, config: TrainingConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: towers and new layers, each with and without weight decay; `peak` is the rate after warm-up."""
+    towers = {name for name, _ in model.tower_parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith(
+                ("positional_embedding", "class_embedding", "type_embedding", "cls_emb")
+            )
+            groups.setdefault((name in towers, decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "peak": config.tower_learning_rate if in_tower else config.learning_rate,
+            "lr": 0.0,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (in_tower, decays), parameters in groups.items()
+    ]
+
+
+def _schedule(config: TrainingConfig, steps: int) -> Callable[[int], float]:
+    """Share of the peak rate at each step: linear warm-up, then a cosine; anew for the tasks after a warm start."""
+
+    def share(step: int) -> float:
+        first = config.contrastive_epochs * steps
+        length, position = (first, step) if step < first else (config.epochs * steps, step - first)
+        warm = max(1, int(config.warmup * length))
+        if position < warm:
+            return (position + 1) / warm
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (position - warm) / max(1, length - warm)))
+
+    return share
+
+
+def _warm_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Exponential moving average whose decay rises to `decay`, so that the first weights are soon forgotten."""
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        weight = 1 - min(decay, (1 + float(count)) / (10 + float(count)))
+        for old, new in zip(averaged, current, strict=True):
+            old.lerp_(new, weight)
+
+    return update
+
+
+class RateColumn(ProgressColumn):
+    """Steps per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f}/s", style="progress.data.speed")
+
+
+def _progress(console: Console, visible: bool) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        RateColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not visible,
+        transient=True,
+    )
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    average: nn.Module | None,
+    optimizer: Any,
+    best: dict[str, Tensor],
+    progression: Progression,
+) -> None:
+    """Writes all of a run's state as one safetensors file, whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    averaged = {} if average is None else average.state_dict()
+    for part, state in (("model", model.state_dict()), ("average", averaged), ("best", best)):
+        tensors |= {f"{part}.{name}": tensor for name, tensor in state.items()}
+    for index, entry in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()}
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata={"progression": json.dumps(asdict(progression))})
+    temporary.replace(path)
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, average: nn.Module | None, optimizer: Any, best: dict[str, Tensor]
+) -> Progression:
+    """Puts back what `save_checkpoint` wrote.
+
+    Raises:
+        InputError: the file is damaged or of another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            progression = Progression(**json.loads(file.metadata()["progression"]))
+            parts: dict[str, dict[str, Tensor]] = {}
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                part, name = key.split(".", 1)
+                parts.setdefault(part, {})[name] = file.get_tensor(key)
+        model.load_state_dict(parts["model"])
+        if average is not None:
+            average.load_state_dict(parts["average"])
+        best.update(parts["best"])
+        state = optimizer.state_dict()
+        entries: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in parts.get("optimizer", {}).items():
+            index, name = key.split(".", 1)
+            entries.setdefault(int(index), {})[name] = tensor
+        optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
+    except Exception as error:
+        # safetensors, JSON and torch each raise their own kind for a damaged file
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: cannot go on from it ({reason}): leave out --resume to start anew") from error
+    return progression

@@ -1,0 +1,363 @@
+"""CMA-CLIP: towers -> sequence attention -> modality attention -> one head per task (arXiv 2112.03562, figure 1)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import open_clip
+import torch
+from open_clip.coca_model import CoCa
+from open_clip.model import CustomTextCLIP
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from cmaclip_fast.data.preprocess import ImagePreprocessing
+from cmaclip_fast.data.tokenizer import OpenClipTokenizer, Tokenizer
+from cmaclip_fast.errors import InputError
+from cmaclip_fast.modules import ModalityAttention, SequenceAttention, TaskHead
+from cmaclip_fast.ops import pack_tokens
+from cmaclip_fast.stem import ConvStem
+from cmaclip_fast.towers import image_tower, text_tower
+from cmaclip_fast.types import TEXT, AttentionMaps, Batch, Output
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from cmaclip_fast.prediction import Prediction
+
+
+class ModelConfig(BaseModel):
+    """What is needed to build a `CMACLIP` again.
+
+    Attributes:
+        name: `tiny`, or an open_clip model name.
+        image_size: pixels a side; None keeps the named model's.
+        width: D, the common width of the fused sequence.
+        depth: layers of sequence-wise attention.
+        heads: attention heads of each layer; divides `width`.
+        mlp_ratio: hidden width of each layer's MLP, in widths.
+        dropout: after each layer's attention and inside and after its MLP.
+        head_hidden: hidden width of each task's MLP; None is `width`.
+        head_dropout: inside each task's MLP.
+        sequence_attention: False is the ablation: the towers' global tokens, projected, are the embeddings.
+        modality_attention: False is the ablation: each head gets both embeddings, side by side.
+        vectors: keyless attention with one vector per task (the paper), or one per task and modality.
+        auxiliary_heads: each modality also classifies alone during training, which keeps the easier one from
+            starving the other; not used for predictions.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = "ViT-B-32"
+    image_size: int | None = Field(None, gt=0)
+    vocab_size: int | None = Field(None, gt=0)
+    context_length: int | None = Field(None, gt=1)
+    width: int = Field(512, gt=0)
+    depth: int = Field(4, ge=1)
+    heads: int = Field(8, gt=0)
+    mlp_ratio: float = Field(4.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    head_hidden: int | None = Field(None, gt=0)
+    head_dropout: float = Field(0.0, ge=0, lt=1)
+    sequence_attention: bool = True
+    modality_attention: bool = True
+    vectors: Literal["task", "task-and-modality"] = "task"
+    auxiliary_heads: bool = False
+
+
+TINY = ModelConfig(
+    name="tiny",
+    image_size=96,
+    context_length=32,
+    width=192,
+    depth=2,
+    heads=6,
+    mlp_ratio=2.0,
+    dropout=0.1,
+    head_dropout=0.2,
+    auxiliary_heads=True,
+)
+"""Our small CLIP, for training from scratch on a CPU."""
+
+
+class CMACLIP(nn.Module):
+    """The whole system: a `Batch` in, an `Output` out.
+
+    Attributes:
+        config: how it was built.
+        tasks: for each task the names of its classes, in the order of its logits.
+        preprocessing: how a picture becomes `images`.
+        tokenizer: how a text becomes `tokens` and `text_lengths`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tasks: Mapping[str, Sequence[str]],
+        clip: CustomTextCLIP | CoCa,
+        preprocessing: ImagePreprocessing,
+        tokenizer: Tokenizer,
+    ) -> None:
+        """Use `create_model`, which finds `clip`, `preprocessing` and `tokenizer` for a name.
+
+        Args:
+            clip: an open_clip model with `visual`, `text` and `logit_scale`.
+
+        Raises:
+            InputError: no task, or a task with fewer than two classes.
+        """
+        super().__init__()
+        if not tasks:
+            raise InputError("a model needs at least one task: name a label column")
+        for task, classes in tasks.items():
+            if len(classes) < 2:
+                raise InputError(f"task '{task}' has {len(classes)} class(es): a task needs at least two")
+        self.config = config
+        self.tasks = {task: list(classes) for task, classes in tasks.items()}
+        self.preprocessing = preprocessing
+        self.tokenizer = tokenizer
+
+        self.image_tower = image_tower(clip.visual)
+        self.text_tower = text_tower(clip.text)
+        self.logit_scale = clip.logit_scale
+        width = config.width
+        self.image_projection = nn.Linear(self.image_tower.width, width)
+        self.text_projection = nn.Linear(self.text_tower.width, width)
+        if config.sequence_attention:
+            self.type_embedding = nn.Parameter(torch.empty(2, width))
+            nn.init.normal_(self.type_embedding, std=0.02)
+            self.sequence_attention = SequenceAttention(
+                width, config.depth, config.heads, config.mlp_ratio, config.dropout
+            )
+        self.norm = nn.LayerNorm(width)
+        if config.modality_attention:
+            self.modality_attention = ModalityAttention(len(tasks), width, config.vectors == "task-and-modality")
+        pooled = width if config.modality_attention else 2 * width
+        hidden = config.head_hidden or width
+        self.heads = self._heads(pooled, hidden)
+        if config.auxiliary_heads:
+            self.auxiliary_heads = nn.ModuleList([self._heads(width, hidden) for _ in ("text", "image")])
+
+    def _heads(self, width: int, hidden: int) -> nn.ModuleList:
+        # a list, since a task may bear any name and a module's name may not
+        return nn.ModuleList(
+            TaskHead(width, hidden, len(classes), self.config.head_dropout) for classes in self.tasks.values()
+        )
+
+    def forward(self, batch: Batch, with_attention: bool = False) -> Output:
+        """Classifies a batch.
+
+        Args:
+            batch: images `[B, 3, H, W]`, tokens `[B, L]`, text_lengths `[B]`, present `[B, 2]`.
+            with_attention: also give the last sequence-wise layer's attention maps.
+
+        Returns:
+            Logits `[B, C_task]` and modality weights `[B, 2]` of each task, and the embedding `[B, 2, D]`.
+        """
+        image_tokens = self.image_tower(batch.images)
+        text_tokens, text_lengths = self.text_tower(batch.tokens, batch.text_lengths)
+        embedding, attention = self._fuse(image_tokens, text_tokens, text_lengths, batch.present, with_attention)
+        if not self.config.modality_attention:
+            both = embedding.flatten(1)
+            logits = {task: head(both) for task, head in zip(self.tasks, self.heads, strict=True)}
+            return Output(logits, embedding=embedding, attention=attention)
+        pooled, weights = self.modality_attention(embedding, batch.present)
+        logits = {task: head(pooled[:, k]) for k, (task, head) in enumerate(zip(self.tasks, self.heads, strict=True))}
+        return Output(logits, {task: weights[:, k] for k, task in enumerate(self.tasks)}, embedding, attention)
+
+    def _fuse(
+        self, image_tokens: Tensor, text_tokens: Tensor, text_lengths: Tensor, present: Tensor, with_attention: bool
+    ) -> tuple[Tensor, AttentionMaps | None]:
+        """Sequence-wise attention: the tokens of both towers -> embedding `[B, 2, D]`, 0 where absent."""
+        rows = torch.arange(len(present), device=present.device)
+        text_position = torch.zeros_like(text_lengths) if self.text_tower.global_first else text_lengths - 1
+        if not self.config.sequence_attention:
+            text_global = self.text_projection(text_tokens[rows, text_position])
+            image_global = self.image_projection(image_tokens[:, 0])
+            embedding = self.norm(torch.stack([text_global, image_global], dim=1))
+            return embedding * present[..., None], None
+
+        text = self.text_projection(text_tokens)
+        image = self.image_projection(image_tokens)
+        packed, cu_seqlens = pack_tokens(text, image, text_lengths, present, self.type_embedding)
+        if len(packed) == 0:
+            maps = AttentionMaps([packed.new_zeros(0, 0) for _ in rows], torch.zeros_like(text_lengths).long())
+            return packed.new_zeros(len(present), 2, self.config.width), maps if with_attention else None
+        longest = text.shape[1] + image.shape[1]
+        packed, weights = self.sequence_attention(packed, cu_seqlens, longest, with_attention)
+        text_count = text_lengths * present[:, TEXT]
+        starts = cu_seqlens[:-1]
+        index = torch.stack([starts + text_position * present[:, TEXT], starts + text_count], dim=1)
+        index = index.clamp(max=len(packed) - 1)
+        embedding = self.norm(packed[index]) * present[..., None]
+        return embedding, None if weights is None else AttentionMaps(weights, text_count.long())
+
+    def auxiliary_logits(self, output: Output) -> list[dict[str, Tensor]]:
+        """What the text and the image (in this order) say of each task alone, from their embeddings: `[B, C_task]`.
+
+        Raises:
+            ValueError: the model was built without auxiliary heads.
+        """
+        if not self.config.auxiliary_heads or output.embedding is None:
+            raise ValueError("the model was built without auxiliary_heads")
+        return [
+            {task: head(output.embedding[:, modality]) for task, head in zip(self.tasks, heads.children(), strict=True)}
+            for modality, heads in enumerate(self.auxiliary_heads)
+        ]
+
+    def contrastive_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The towers' own embeddings of images and texts, each `[B, E]` and of length 1, as CLIP compares them."""
+        image = self.image_tower.project(self.image_tower(batch.images)[:, 0])
+        tokens, lengths = self.text_tower(batch.tokens, batch.text_lengths)
+        rows = torch.arange(len(lengths), device=lengths.device)
+        position = torch.zeros_like(lengths) if self.text_tower.global_first else lengths - 1
+        text = self.text_tower.project(tokens[rows, position])
+        return nn.functional.normalize(image, dim=-1), nn.functional.normalize(text, dim=-1)
+
+    def tower_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The named parameters of the two towers, which train at their own rate."""
+        for prefix in ("image_tower", "text_tower"):
+            for name, parameter in getattr(self, prefix).named_parameters():
+                yield f"{prefix}.{name}", parameter
+
+    def predict(
+        self, images: Sequence[Image | str | Path | None], texts: Sequence[str | None], batch_size: int = 64
+    ) -> list[dict[str, Prediction]]:
+        """Labels pairs, each a picture (or its path) and a text; either may be None.
+
+        Returns:
+            For each pair, for each task, its label, probability, five best classes and modality weights.
+
+        Raises:
+            InputError: unequal numbers of images and texts, an unreadable image, or a pair with neither.
+        """
+        from cmaclip_fast.prediction import predict_pairs
+
+        return predict_pairs(self, images, texts, batch_size)
+
+    @classmethod
+    def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> CMACLIP:
+        """The model of a folder that `cmaclip train` wrote, ready for predictions.
+
+        Raises:
+            InputError: the folder is missing, incomplete, or not of this version's format.
+        """
+        from cmaclip_fast.artifact import load_model
+
+        return load_model(directory, device)
+
+
+def create_model(
+    name: str,
+    tasks: Mapping[str, Sequence[str]],
+    pretrained: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    **options: Any,
+) -> CMACLIP:
+    """Builds a CMA-CLIP on the towers of an open_clip model.
+
+    Args:
+        name: `tiny`, or any open_clip model name (`open_clip.list_models()`).
+        tasks: for each task the names of its classes.
+        pretrained: an open_clip tag (fetched by open_clip if it is not in its cache) or a local checkpoint; None
+            starts from random weights. `tiny` takes none.
+        tokenizer: for `tiny` a tokenizer trained on the data; None is the named model's own.
+        options: fields of `ModelConfig` that differ from the named model's defaults.
+
+    Raises:
+        InputError: an unknown name, tag, or option; a checkpoint that does not fit the model.
+    """
+    try:
+        config = (TINY if name == "tiny" else ModelConfig(name=name)).model_copy()
+        config = ModelConfig.model_validate({**config.model_dump(), **options})
+    except ValueError as error:
+        raise InputError(f"model options: {' '.join(str(error).split())}") from None
+    return build_model(config, tasks, pretrained, tokenizer)
+
+
+def build_model(
+    config: ModelConfig,
+    tasks: Mapping[str, Sequence[str]],
+    pretrained: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> CMACLIP:
+    """As `create_model`, from a full `ModelConfig`."""
+    if config.name == "tiny":
+        if pretrained is not None:
+            raise InputError("'tiny' has no pretrained weights: leave out --pretrained, or name an open_clip model")
+        tokenizer = tokenizer or OpenClipTokenizer("ViT-B-32", context_length=config.context_length or 32)
+        config = config.model_copy(
+            update={"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
+        )
+        clip = _tiny_clip(config)
+        preprocessing = ImagePreprocessing(
+            size=config.image_size, mean=(0.5,) * 3, std=(0.5,) * 3, resize_mode="squash"
+        )
+    else:
+        clip = _open_clip_model(config, pretrained)
+        preprocessing = ImagePreprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(clip))
+        tokenizer = tokenizer or OpenClipTokenizer(config.name, context_length=config.context_length)
+    return CMACLIP(config, tasks, clip, preprocessing, tokenizer)
+
+
+def _tiny_clip(config: ModelConfig) -> CustomTextCLIP:
+    size = config.image_size or 96
+    with _quiet_open_clip():
+        clip = CustomTextCLIP(
+            embed_dim=192,
+            vision_cfg={"image_size": size, "patch_size": ConvStem.stride, "width": 192, "layers": 2, "head_width": 32},
+            text_cfg={
+                "context_length": config.context_length,
+                "vocab_size": config.vocab_size,
+                "width": 192,
+                "heads": 6,
+                "layers": 2,
+            },
+        )
+    clip.visual.conv1 = ConvStem(192)
+    return clip
+
+
+def _open_clip_model(config: ModelConfig, pretrained: str | Path | None) -> CustomTextCLIP | CoCa:
+    name = config.name
+    if not name.startswith(("hf-hub:", "local-dir:")) and open_clip.get_model_config(name) is None:
+        import difflib
+
+        near = difflib.get_close_matches(name, open_clip.list_models(), 3)
+        hint = f": did you mean {', '.join(near)}?" if near else ": see open_clip.list_models()"
+        raise InputError(f"'{name}' is neither 'tiny' nor an open_clip model{hint}")
+    overrides: dict[str, Any] = {}
+    if config.image_size is not None:
+        overrides["force_image_size"] = config.image_size
+    if config.context_length is not None:
+        overrides["force_context_length"] = config.context_length
+    try:
+        with _quiet_open_clip():
+            return open_clip.create_model(
+                name,
+                pretrained=None if pretrained is None else str(pretrained),
+                pretrained_text=False,
+                force_custom_text=True,
+                weights_only=True,
+                **overrides,
+            )
+    except Exception as error:
+        # open_clip raises a bare RuntimeError for an unknown tag, a corrupt file and a missing dependency alike
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"open_clip cannot make '{name}' with weights '{pretrained}': {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet_open_clip() -> Iterator[None]:
+    """open_clip logs each step of loading on the root logger; its errors still show."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)

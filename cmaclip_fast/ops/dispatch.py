@@ -1,0 +1,154 @@
+"""Which implementation of an operator runs: found on first use, on real tensors, with a reason for each that cannot."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+OPERATORS = ("pack_tokens", "packed_attention", "modality_pool", "multitask_cross_entropy")
+
+_FASTEST_FIRST = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+_DTYPES = {
+    "cpp": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.float16, torch.bfloat16),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+
+_in_use: list[str] = []
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator inside the `with` block on one backend: `auto`, `reference`, `cpp`, `triton` or `cuda`.
+
+    Holds for the whole process; a `backend=` argument goes before it, the variable `CMACLIP_BACKEND` after it.
+    """
+    _check_name(name, "use_backend")
+    _in_use.append(name)
+    try:
+        yield
+    finally:
+        _in_use.pop()
+
+
+def available_backends(device: torch.device | str = "cpu", operator: str = "modality_pool") -> dict[str, str | None]:
+    """For each backend None if `operator` can run on it with tensors of `device`, else the reason why it cannot."""
+    device_type = torch.device(device).type
+    return {name: why_not(operator, name, device_type, torch.float32) for name in BACKENDS}
+
+
+def requested(backend: str | None) -> str:
+    """The backend that a call asks for: its argument, else the `use_backend` around it, else "" (decided later)."""
+    if backend is not None:
+        _check_name(backend, "backend")
+        return backend
+    return _in_use[-1] if _in_use else ""
+
+
+def implementation(operator: str, direction: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
+    """The function that computes `direction` ("forward", "backward") of `operator` on `tensor`'s device and dtype."""
+    if not backend:
+        backend = os.environ.get("CMACLIP_BACKEND", "auto")
+        _check_name(backend, "the environment variable CMACLIP_BACKEND")
+    return _implementation(operator, direction, backend, tensor.device.type, tensor.dtype)
+
+
+@functools.cache
+def _implementation(
+    operator: str, direction: str, backend: str, device_type: str, dtype: torch.dtype
+) -> Callable[..., Any]:
+    if backend == "auto":
+        candidates = _FASTEST_FIRST.get(device_type, ("reference",))
+        backend = next(name for name in candidates if why_not(operator, name, device_type, dtype) is None)
+    reason = why_not(operator, backend, device_type, dtype)
+    if reason is not None:
+        raise RuntimeError(f"{operator} cannot run on the backend '{backend}': {reason}")
+    if backend == "reference":
+        return getattr(importlib.import_module("cmaclip_fast.ops.reference"), f"{operator}_{direction}")
+    if backend == "triton":
+        return getattr(importlib.import_module(f"cmaclip_fast.kernels.{operator}"), direction)
+    return getattr(torch.ops.cmaclip, f"_{operator}_{direction}_{backend}").default
+
+
+def why_not(operator: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """None if `backend` can run `operator` on tensors of that device and dtype, else the reason why it cannot."""
+    if backend == "reference":
+        return None
+    check = {"cpp": _why_not_cpp, "triton": _why_not_triton, "cuda": _why_not_cuda}[backend]
+    reason = check(operator, device_type)
+    if reason is None and dtype not in _DTYPES[backend]:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES[backend])
+        reason = f"it takes {names}, not {str(dtype).removeprefix('torch.')}"
+    return reason
+
+
+def _why_not_cpp(operator: str, device_type: str) -> str | None:
+    reason = extension_missing()
+    if reason is not None:
+        return reason
+    if device_type != "cpu":
+        return f"it takes tensors on the CPU, not on {device_type}"
+    return _why_not_registered(operator, "cpp")
+
+
+def _why_not_cuda(operator: str, device_type: str) -> str | None:
+    reason = extension_missing()
+    if reason is not None:
+        return reason
+    from cmaclip_fast import _build
+
+    if not _build.CUDA:
+        return f"the extension was built without CUDA: {_build.CUDA_REASON}"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no NVIDIA GPU"
+    if device_type != "cuda":
+        return f"it takes tensors on a GPU, not on {device_type}"
+    return _why_not_registered(operator, "cuda")
+
+
+def _why_not_triton(operator: str, device_type: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    import triton
+
+    if device_type == "cpu" and not triton.knobs.runtime.interpret:
+        return "it takes tensors on a GPU; for its slow interpreter on the CPU set TRITON_INTERPRET=1"
+    if device_type not in ("cpu", "cuda"):
+        return f"it takes tensors on a GPU, not on {device_type}"
+    if importlib.util.find_spec(f"cmaclip_fast.kernels.{operator}") is None:
+        return f"it has no {operator}"
+    return None
+
+
+def _why_not_registered(operator: str, backend: str) -> str | None:
+    return None if hasattr(torch.ops.cmaclip, f"_{operator}_forward_{backend}") else f"it has no {operator}"
+
+
+@functools.cache
+def extension_missing() -> str | None:
+    """None once the compiled extension is loaded, else the reason why it cannot be."""
+    try:
+        from cmaclip_fast import _build
+    except ImportError:
+        return "the extension was not built; install with `pip install -e . --no-build-isolation`"
+    if not _build.EXTENSION:
+        return f"the extension was not built: {_build.EXTENSION_REASON}"
+    try:
+        importlib.import_module("cmaclip_fast._C")
+    except (ImportError, OSError) as error:
+        return f"the extension does not load: {error}"
+    return None
+
+
+def _check_name(name: str, where: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{where} must be one of auto, {', '.join(BACKENDS)}, not {name!r}")

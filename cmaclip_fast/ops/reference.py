@@ -1,0 +1,255 @@
+"""The plain PyTorch truth of every operator: a forward and the backward that belongs to it, on any device.
+
+Sums and exponentials are taken in float32 for float16 and bfloat16 inputs, and in the input's own type otherwise;
+what comes back as weights, log-sum-exp or loss stays in that wider type.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which an operator sums values of `dtype`."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def token_counts(text_lengths: Tensor, present: Tensor, length: int, patches: int) -> tuple[Tensor, Tensor]:
+    """Text and image tokens of each row, `[B]` int32: 0 where the modality is absent."""
+    text = torch.where(present[:, 0], text_lengths.clamp(0, length), 0)  # [B]
+    image = torch.where(present[:, 1], patches, 0)  # [B]
+    return text.to(torch.int32), image.to(torch.int32)
+
+
+def pack_tokens_forward(
+    text: Tensor,  # [B, L, D]
+    image: Tensor,  # [B, P, D]
+    text_lengths: Tensor,  # [B] int32
+    present: Tensor,  # [B, 2] bool
+    type_embedding: Tensor | None,  # [2, D]
+    capacity: int | None,
+) -> tuple[Tensor, Tensor]:  # [T, D], [B + 1] int32
+    cu_seqlens, kept = _packed_positions(text, image, text_lengths, present)
+    if type_embedding is not None:
+        text, image = text + type_embedding[0], image + type_embedding[1]
+    packed = torch.cat([text, image], dim=1)[kept]  # [T, D]
+    if capacity is None:
+        return packed, cu_seqlens
+    if len(packed) > capacity:
+        raise ValueError(f"capacity must be at least the number of tokens, {len(packed)}, but is {capacity}")
+    return F.pad(packed, (0, 0, 0, capacity - len(packed))), cu_seqlens
+
+
+def pack_tokens_backward(
+    grad_packed: Tensor,  # [T, D]
+    text_lengths: Tensor,  # [B] int32
+    present: Tensor,  # [B, 2] bool
+    cu_seqlens: Tensor,  # [B + 1] int32
+    length: int,
+    patches: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # [B, L, D], [B, P, D], [2, D]
+    rows, width = len(present), grad_packed.shape[1]
+    like_text = grad_packed.new_empty(rows, length, 0)
+    like_image = grad_packed.new_empty(rows, patches, 0)
+    _, kept = _packed_positions(like_text, like_image, text_lengths, present)
+    grad = grad_packed.new_zeros(rows, length + patches, width)
+    grad[kept] = grad_packed[: int(cu_seqlens[-1])]
+    grad_text, grad_image = grad[:, :length].contiguous(), grad[:, length:].contiguous()
+    total = wide(grad.dtype)
+    grad_type = torch.stack([grad_text.sum((0, 1), dtype=total), grad_image.sum((0, 1), dtype=total)])
+    return grad_text, grad_image, grad_type.to(grad.dtype)
+
+
+def _packed_positions(
+    text: Tensor, image: Tensor, text_lengths: Tensor, present: Tensor
+) -> tuple[Tensor, Tensor]:  # [B + 1] int32, [B, L + P] bool
+    length, patches = text.shape[1], image.shape[1]
+    text_count, image_count = token_counts(text_lengths, present, length, patches)
+    cu_seqlens = F.pad(torch.cumsum(text_count + image_count, 0, dtype=torch.int32), (1, 0))
+    text_kept = torch.arange(length, device=text.device) < text_count[:, None]  # [B, L]
+    image_kept = torch.arange(patches, device=text.device) < image_count[:, None]  # [B, P]
+    return cu_seqlens, torch.cat([text_kept, image_kept], dim=1)
+
+
+def packed_attention_forward(
+    q: Tensor,  # [Tq, H, E]
+    k: Tensor,  # [Tk, H, E]
+    v: Tensor,  # [Tk, H, E]
+    cu_seqlens_q: Tensor,  # [B + 1] int32
+    cu_seqlens_k: Tensor,  # [B + 1] int32
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:  # [Tq, H, E], [H, Tq]
+    total = wide(q.dtype)
+    queries, keys, values = (x.to(total).transpose(0, 1) for x in (q, k, v))  # [H, T, E]
+    out = torch.zeros(queries.shape, dtype=total, device=q.device)  # [H, Tq, E]
+    lse = torch.full(queries.shape[:2], -torch.inf, dtype=total, device=q.device)  # [H, Tq]
+    for q_row, k_row in _rows(cu_seqlens_q, cu_seqlens_k):
+        scores = _scores(queries[:, q_row], keys[:, k_row], scale, causal)  # [H, n, m]
+        lse[:, q_row] = torch.logsumexp(scores, dim=-1)
+        out[:, q_row] = _probabilities(scores, lse[:, q_row]) @ values[:, k_row]
+    return out.transpose(0, 1).to(q.dtype).contiguous(), lse
+
+
+def packed_attention_backward(
+    grad_out: Tensor,  # [Tq, H, E]
+    grad_lse: Tensor | None,  # [H, Tq]
+    q: Tensor,  # [Tq, H, E]
+    k: Tensor,  # [Tk, H, E]
+    v: Tensor,  # [Tk, H, E]
+    out: Tensor,  # [Tq, H, E]
+    lse: Tensor,  # [H, Tq]
+    cu_seqlens_q: Tensor,  # [B + 1] int32
+    cu_seqlens_k: Tensor,  # [B + 1] int32
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # [Tq, H, E], [Tk, H, E], [Tk, H, E]
+    total = wide(q.dtype)
+    queries, keys, values, grad, result = (x.to(total).transpose(0, 1) for x in (q, k, v, grad_out, out))
+    delta = (grad * result).sum(-1)  # [H, Tq]
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (queries, keys, values))  # [H, T, E]
+    for q_row, k_row in _rows(cu_seqlens_q, cu_seqlens_k):
+        scores = _scores(queries[:, q_row], keys[:, k_row], scale, causal)  # [H, n, m]
+        probabilities = _probabilities(scores, lse[:, q_row])
+        grad_v[:, k_row] = probabilities.mT @ grad[:, q_row]
+        grad_scores = grad[:, q_row] @ values[:, k_row].mT - delta[:, q_row, None]
+        grad_scores = probabilities * grad_scores * scale  # [H, n, m]
+        grad_q[:, q_row] = grad_scores @ keys[:, k_row]
+        grad_k[:, k_row] = grad_scores.mT @ queries[:, q_row]
+    return tuple(x.transpose(0, 1).to(q.dtype).contiguous() for x in (grad_q, grad_k, grad_v))  # type: ignore[return-value]
+
+
+def _rows(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
+    q_rows, k_rows = (itertools.pairwise(ends.tolist()) for ends in (cu_seqlens_q, cu_seqlens_k))
+    for q_row, k_row in zip(q_rows, k_rows, strict=True):
+        if q_row[1] > q_row[0] and k_row[1] > k_row[0]:
+            yield slice(*q_row), slice(*k_row)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
+    scores = (q @ k.mT) * scale  # [H, n, m]
+    if causal:
+        n, m = scores.shape[-2:]
+        hidden = torch.ones(n, m, dtype=torch.bool, device=q.device).triu(m - n + 1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return scores
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    # A query that sees no key has a log-sum-exp of minus infinity, and a probability of 0 for every key.
+    return torch.exp(scores - torch.where(lse == -torch.inf, 0, lse)[..., None])
+
+
+def modality_pool_forward(
+    embeddings: Tensor,  # [B, M, D]
+    weight: Tensor,  # [K, M, D] or [K, 1, D]
+    present: Tensor,  # [B, M] bool
+) -> tuple[Tensor, Tensor]:  # [B, K, D], [B, K, M]
+    total = wide(embeddings.dtype)
+    values = torch.where(present[:, :, None], embeddings.to(total), 0)  # [B, M, D]
+    per_modality = weight.to(total).expand(-1, values.shape[1], -1)  # [K, M, D]
+    scores = torch.einsum("bmd,kmd->bkm", values, per_modality)
+    scores = scores.masked_fill(~present[:, None, :], -torch.inf)
+    weights = torch.softmax(scores, dim=-1).masked_fill(~present[:, None, :], 0)  # [B, K, M]
+    return (weights @ values).to(embeddings.dtype), weights
+
+
+def modality_pool_backward(
+    grad_pooled: Tensor,  # [B, K, D]
+    grad_weights: Tensor | None,  # [B, K, M]
+    embeddings: Tensor,  # [B, M, D]
+    weight: Tensor,  # [K, M, D] or [K, 1, D]
+    present: Tensor,  # [B, M] bool
+    weights: Tensor,  # [B, K, M]
+) -> tuple[Tensor, Tensor]:  # [B, M, D], [K, M, D] or [K, 1, D]
+    total = wide(embeddings.dtype)
+    values = torch.where(present[:, :, None], embeddings.to(total), 0)  # [B, M, D]
+    per_modality = weight.to(total).expand(-1, values.shape[1], -1)  # [K, M, D]
+    grad = grad_pooled.to(total)
+    grad_weights_total = grad @ values.mT  # [B, K, M]
+    if grad_weights is not None:
+        grad_weights_total = grad_weights_total + grad_weights
+    mean = (weights * grad_weights_total).sum(-1, keepdim=True)
+    grad_scores = weights * (grad_weights_total - mean)  # [B, K, M]
+    grad_embeddings = weights.mT @ grad + torch.einsum("bkm,kmd->bmd", grad_scores, per_modality)
+    grad_weight = torch.einsum("bkm,bmd->kmd", grad_scores, values)
+    if weight.shape[1] == 1:
+        grad_weight = grad_weight.sum(1, keepdim=True)
+    return grad_embeddings.to(embeddings.dtype).contiguous(), grad_weight.to(weight.dtype).contiguous()
+
+
+def multitask_cross_entropy_forward(
+    logits: Tensor,  # [B, C]
+    labels: Tensor,  # [B, K] int64
+    offsets: Tensor,  # [K + 1] int32
+    class_weight: Tensor | None,  # [C]
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # [K], [B, K], [K]
+    total = wide(logits.dtype)
+    loss, lse, weight_sum = [], [], []
+    for task, (start, end) in enumerate(_tasks(offsets)):
+        x = logits[:, start:end].to(total)  # [B, C_k]
+        weight = x.new_ones(end - start) if class_weight is None else class_weight[start:end].to(total)
+        label, kept = _labelled(labels[:, task], end - start)  # [B]
+        row_lse = torch.logsumexp(x, dim=1)  # [B]
+        label_weight = torch.where(kept, weight[label], 0)
+        row_loss = (1 - label_smoothing) * label_weight * (row_lse - x.gather(1, label[:, None])[:, 0])
+        if label_smoothing > 0:
+            smoothing = ((row_lse[:, None] - x) * weight).mean(1)
+            row_loss = row_loss + torch.where(kept, label_smoothing * smoothing, 0)
+        row_loss = torch.where(labels[:, task] >= end - start, torch.nan, row_loss)
+        lse.append(row_lse)
+        weight_sum.append(label_weight.sum())
+        loss.append(torch.where(kept, row_loss, 0).sum() * _inverse(weight_sum[-1]))
+    return torch.stack(loss), torch.stack(lse, dim=1), torch.stack(weight_sum)
+
+
+def multitask_cross_entropy_backward(
+    grad_loss: Tensor,  # [K]
+    logits: Tensor,  # [B, C]
+    labels: Tensor,  # [B, K] int64
+    offsets: Tensor,  # [K + 1] int32
+    class_weight: Tensor | None,  # [C]
+    label_smoothing: float,
+    lse: Tensor,  # [B, K]
+    weight_sum: Tensor,  # [K]
+) -> Tensor:  # [B, C]
+    total = wide(logits.dtype)
+    grad_logits = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    for task, (start, end) in enumerate(_tasks(offsets)):
+        x = logits[:, start:end].to(total)  # [B, C_k]
+        weight = x.new_ones(end - start) if class_weight is None else class_weight[start:end].to(total)
+        label, kept = _labelled(labels[:, task], end - start)  # [B]
+        probabilities = torch.exp(x - lse[:, task, None])
+        label_weight = (1 - label_smoothing) * weight[label]  # [B]
+        spread = label_smoothing * weight / (end - start)  # [C_k]
+        grad = (label_weight + spread.sum())[:, None] * probabilities - spread
+        grad.scatter_add_(1, label[:, None], -label_weight[:, None])
+        grad = torch.where(labels[:, task, None] >= end - start, torch.nan, grad)
+        grad = torch.where(kept[:, None], grad, 0) * (grad_loss[task] * _inverse(weight_sum[task]))
+        grad_logits[:, start:end] = grad
+    return grad_logits
+
+
+def _tasks(offsets: Tensor) -> Iterator[tuple[int, int]]:
+    yield from itertools.pairwise(offsets.tolist())
+
+
+def _labelled(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    # A label past the last class must show as a NaN loss, not read past the row.
+    return labels.clamp(0, classes - 1), labels >= 0
+
+
+def _inverse(weight_sum: Tensor) -> Tensor:
+    return torch.where(weight_sum > 0, 1 / weight_sum, 0)

@@ -1,0 +1,234 @@
+"""The two encoders: open_clip's CLIP models, made to give token sequences instead of one embedding each.
+
+Whatever the family, an image becomes `[B, 1 + P, W]` with its global token first, and a text becomes `[B, L, W]` with
+the number of tokens of each row and its global token last among them (CLIP's end-of-text token) or first (BERT's).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from open_clip.hf_model import HFTextEncoder
+from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import TextTransformer, VisionTransformer
+from torch import Tensor, nn
+
+from cmaclip_fast.errors import InputError
+
+
+class ImageTower(Protocol):
+    """Gives the tokens of images.
+
+    Attributes:
+        width: W, the width of a token.
+        grid: rows and columns of patches behind the tokens after the first, or None where they are no grid.
+    """
+
+    width: int
+    grid: tuple[int, int] | None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`images [B, 3, H, W]` -> `[B, 1 + P, W]`, the global token first."""
+        ...
+
+    def project(self, global_token: Tensor) -> Tensor:
+        """`[B, W] -> [B, E]`, into the space where CLIP compares images with texts."""
+        ...
+
+
+class TextTower(Protocol):
+    """Gives the tokens of texts.
+
+    Attributes:
+        width: W, the width of a token.
+        global_first: whether a row's global token is its first, else it is its last.
+    """
+
+    width: int
+    global_first: bool
+
+    def __call__(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """`tokens [B, L]`, `lengths [B]` -> `[B, L', W]` and how many of the L' belong to each row, `[B]` int32."""
+        ...
+
+    def project(self, global_token: Tensor) -> Tensor:
+        """`[B, W] -> [B, E]`, into the space where CLIP compares images with texts."""
+        ...
+
+
+class ViTImageTower(nn.Module):
+    """An open_clip `VisionTransformer`; its own pooling gives the global token."""
+
+    def __init__(self, visual: VisionTransformer) -> None:
+        super().__init__()
+        self.visual = visual
+        self.width = visual.ln_post.normalized_shape[0]
+        self.grid = visual.grid_size if visual.attn_pool is None else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.visual.transformer(self.visual._embeds(images))
+        pooled, tokens = self.visual._pool(x)
+        if self.visual.final_ln_after_pool and self.visual.attn_pool is None:
+            tokens = self.visual.ln_post(tokens)
+        return torch.cat([pooled[:, None], tokens], dim=1)
+
+    def project(self, global_token: Tensor) -> Tensor:
+        return global_token if self.visual.proj is None else global_token @ self.visual.proj
+
+
+class ResNetImageTower(nn.Module):
+    """OpenAI's `ModifiedResNet`. Its attention pool is run for every position, not only for the mean token."""
+
+    def __init__(self, visual: ModifiedResNet) -> None:
+        super().__init__()
+        self.visual = visual
+        self.width = visual.output_dim
+        side = visual.image_size // 32
+        self.grid = (side, side)
+
+    def forward(self, images: Tensor) -> Tensor:
+        visual = self.visual
+        x = visual.stem(images)
+        for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+            x = layer(x)
+        return _attend_everywhere(visual.attnpool, x.flatten(2).transpose(1, 2))
+
+    def project(self, global_token: Tensor) -> Tensor:
+        return global_token
+
+
+def _attend_everywhere(pool: AttentionPool2d, patches: Tensor) -> Tensor:
+    """`AttentionPool2d` with every token as a query: `[B, P, W] -> [B, 1 + P, W_out]`."""
+    x = torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
+    x = x + pool.positional_embedding.to(x.dtype)
+    q, k, v = (
+        projection(x).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
+        for projection in (pool.q_proj, pool.k_proj, pool.v_proj)
+    )
+    return pool.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class TimmImageTower(nn.Module):
+    """Any timm image model inside open_clip (SigLIP, EVA, ConvNeXt, ...).
+
+    The global token is the trunk's own pooling. Where open_clip pools outside the trunk (`abs_attn`, `rot_attn`), it
+    is the mean of the patches.
+    """
+
+    def __init__(self, visual: TimmModel) -> None:
+        super().__init__()
+        self.visual = visual
+        self.grid: tuple[int, int] | None = None
+        was_training = visual.training
+        with torch.no_grad():
+            visual.eval()
+            self.width = self(torch.zeros(1, 3, *visual.image_size)).shape[-1]
+        visual.train(was_training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        trunk = self.visual.trunk
+        features = trunk.forward_features(images)
+        if features.ndim == 4:
+            tokens = features if features.shape[-1] == trunk.num_features else features.permute(0, 2, 3, 1)
+            self.grid = (tokens.shape[1], tokens.shape[2])
+            tokens = tokens.flatten(1, 2)
+        else:
+            tokens = features[:, getattr(trunk, "num_prefix_tokens", 0) :]
+            self.grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
+        pooled = (
+            tokens.mean(1)
+            if "pool" in dict(self.visual.head.named_children())
+            else trunk.forward_head(features, pre_logits=True)
+        )
+        return torch.cat([pooled[:, None], tokens], dim=1)
+
+    def project(self, global_token: Tensor) -> Tensor:
+        return self.visual.head(global_token)
+
+
+class ClipTextTower(nn.Module):
+    """An open_clip `TextTransformer`, up to its end-of-text token.
+
+    A causal tower computes nothing after the longest text of the batch. One that pools its last position (SigLIP)
+    reads its padding as text, so all its positions are tokens; CoCa's class token is put behind the text.
+    """
+
+    def __init__(self, text: TextTransformer) -> None:
+        super().__init__()
+        self.text = text
+        self.width = text.width
+        self.global_first = text.pool_type == "first" and text.cls_emb is None
+        self.stops_at_end = text.attn_mask is not None and text.cls_emb is None and text.pool_type != "last"
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        lengths = lengths.clamp(min=1)
+        if self.stops_at_end and not torch.compiler.is_compiling():
+            tokens = tokens[:, : int(lengths.max())]
+        size = tokens.shape[1]
+        x, mask = self.text._embeds(tokens)
+        if mask is not None and mask.ndim == 2:
+            mask = mask[:size, :size]
+        x = self.text.ln_final(self.text.transformer(x, attn_mask=mask))
+        if self.text.cls_emb is not None:
+            text, class_token = x[:, :-1], x[:, -1:]
+            x = torch.cat([text, torch.zeros_like(class_token)], dim=1)
+            index = lengths.long()[:, None, None].expand(-1, 1, x.shape[-1])
+            return x.scatter(1, index, class_token), lengths + 1
+        return x, torch.full_like(lengths, size) if self.text.pool_type == "last" else lengths
+
+    def project(self, global_token: Tensor) -> Tensor:
+        projection = self.text.text_projection
+        if projection is None:
+            return global_token
+        return projection(global_token) if isinstance(projection, nn.Linear) else global_token @ projection
+
+
+class HuggingFaceTextTower(nn.Module):
+    """A Hugging Face encoder inside open_clip; its pooler gives the global token, put before the tokens."""
+
+    global_first = True
+
+    def __init__(self, text: HFTextEncoder) -> None:
+        super().__init__()
+        self.text = text
+        self.width = text.config.hidden_size
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        mask = (torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]).long()
+        out = self.text.transformer(input_ids=tokens, attention_mask=mask)
+        pooled = self.text.pooler(out, mask)
+        return torch.cat([pooled[:, None], out.last_hidden_state], dim=1), lengths + 1
+
+    def project(self, global_token: Tensor) -> Tensor:
+        return self.text.proj(global_token)
+
+
+def image_tower(visual: nn.Module) -> ViTImageTower | ResNetImageTower | TimmImageTower:
+    """The image tower of an open_clip model, from its `visual`.
+
+    Raises:
+        InputError: the family is unknown.
+    """
+    if isinstance(visual, VisionTransformer):
+        return ViTImageTower(visual)
+    if isinstance(visual, ModifiedResNet):
+        return ResNetImageTower(visual)
+    if isinstance(visual, TimmModel):
+        return TimmImageTower(visual)
+    raise InputError(f"image tower {type(visual).__name__} is not supported: use a ViT, a ResNet or a timm model")
+
+
+def text_tower(text: nn.Module) -> ClipTextTower | HuggingFaceTextTower:
+    """The text tower of an open_clip model, from its `text` (made with `force_custom_text`).
+
+    Raises:
+        InputError: the family is unknown.
+    """
+    if isinstance(text, HFTextEncoder):
+        return HuggingFaceTextTower(text)
+    if isinstance(text, TextTransformer):
+        return ClipTextTower(text)
+    raise InputError(f"text tower {type(text).__name__} is not supported: use a CLIP or Hugging Face text encoder")

@@ -1,0 +1,385 @@
+"""From a table to an artefact: reads, checks and splits the data, trains, measures, and writes the folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from cmaclip_fast.artifact import (
+    METRICS,
+    THRESHOLDS,
+    DataColumns,
+    load_config,
+    partial_directory,
+    save_model,
+    whole_directory,
+    write_json,
+)
+from cmaclip_fast.data.check import RowPolicy, check_rows
+from cmaclip_fast.data.classes import class_names
+from cmaclip_fast.data.examples import Examples
+from cmaclip_fast.data.split import split_table
+from cmaclip_fast.data.table import Table
+from cmaclip_fast.data.tokenizer import Tokenizer, TrainedTokenizer
+from cmaclip_fast.errors import InputError
+from cmaclip_fast.evaluation import VIEWS, Classified, classify
+from cmaclip_fast.explanation import explain
+from cmaclip_fast.fitting import TINY_TRAINING, Progression, TrainingConfig, fit
+from cmaclip_fast.metrics import TaskMetrics, micro_curve
+from cmaclip_fast.model import CMACLIP, create_model
+from cmaclip_fast.report import ReportView, TaskView, render_report
+
+log = logging.getLogger("cmaclip_fast")
+
+CHECKPOINT, LOG, REPORT, RUN = "checkpoint.safetensors", "train.log", "report.html", "run.json"
+GALLERY = 12
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What to train, on what, and where to put it.
+
+    Attributes:
+        table: all rows.
+        output: the artefact folder to make.
+        model: `tiny` or an open_clip model name.
+        pretrained: an open_clip tag or a checkpoint; None for random weights.
+        model_options: fields of `ModelConfig` that differ from the defaults.
+        training_options: fields of `TrainingConfig` that differ from the defaults.
+        split_column: where there is another than `split`.
+        on_bad_rows: what a bad row leads to (see `check_rows`).
+        target_precision: for thresholds and recall at a fixed precision.
+        overwrite: replace an existing output folder.
+        resume: go on from the checkpoint of a run towards `output` that did not end.
+    """
+
+    table: Table
+    output: Path
+    model: str = "tiny"
+    pretrained: str | None = None
+    model_options: dict[str, Any] = field(default_factory=dict)
+    training_options: dict[str, Any] = field(default_factory=dict)
+    split_column: str | None = None
+    on_bad_rows: RowPolicy = "error"
+    target_precision: float = 0.9
+    overwrite: bool = False
+    resume: bool = False
+
+    def config(self) -> TrainingConfig:
+        """The training configuration, checked.
+
+        Raises:
+            InputError: an unknown option or a value out of range.
+        """
+        base = TINY_TRAINING if self.model == "tiny" else TrainingConfig()
+        try:
+            return TrainingConfig.model_validate({**base.model_dump(), **self.training_options})
+        except ValueError as error:
+            raise InputError(f"training options: {' '.join(str(error).split())}") from None
+
+
+@dataclass
+class Result:
+    """What a training run gave.
+
+    Attributes:
+        directory: the artefact.
+        metrics: what `metrics.json` holds: for each view of the test rows, each task's headline numbers.
+        seconds: spent in epochs.
+    """
+
+    directory: Path
+    metrics: dict[str, dict[str, dict[str, float]]]
+    seconds: float
+
+
+def train(run: TrainingRun, console: Console | None = None) -> Result:
+    """Trains a model and writes its artefact; see `TrainingRun`.
+
+    Raises:
+        InputError: bad options or data, found before training begins; an output folder that exists.
+    """
+    console = console or Console(stderr=True)
+    config = run.config()
+    if not run.table.columns.tasks:
+        raise InputError(f"{run.table.name}: name at least one column of labels with --task")
+    finished = _check_output(run)
+    if finished is not None:
+        console.print(f"{run.output} is complete already: nothing to resume")
+        return finished
+    with whole_directory(run.output, CHECKPOINT) as work, _log_file(work / LOG, console):
+        started = time.perf_counter()
+        tables, counts = _prepare(run, config)
+        classes = class_names(tables["train"], run.table.columns.tasks)
+        torch.manual_seed(config.seed)
+        model = create_model(run.model, classes, run.pretrained, _tokenizer(run, tables["train"]), **run.model_options)
+        _same_run(work / RUN, run, config, model)
+        examples = {
+            split: Examples(
+                table,
+                classes,
+                model.preprocessing,
+                model.tokenizer,
+                augmentation=config.augmentation if split == "train" else None,
+                seed=config.seed,
+            )
+            for split, table in tables.items()
+        }
+        parameters = sum(p.numel() for p in model.parameters())
+        sizes = ", ".join(f"{split} {len(table)}" for split, table in tables.items())
+        log.info("data %s: %s rows; model %s: %.1f M parameters", run.table.name, sizes, run.model, parameters / 1e6)
+        progression = fit(
+            model, examples["train"], examples["validation"], config, work / CHECKPOINT, console, run.target_precision
+        )
+        for split, part in examples.items():
+            if part.truncated:
+                counts[f"truncated_text ({split})"] = part.truncated
+        if counts:
+            log.info("rows: %s", ", ".join(f"{kind} {number}" for kind, number in counts.items()))
+        log.info("best epoch %d of %d, %.0f s", progression.best_epoch, progression.epoch, progression.seconds)
+
+        model.eval()
+        metrics, answers = _measure(model, examples, config, run.target_precision, work, counts, progression)
+        columns = DataColumns(
+            image=run.table.columns.image,
+            text=run.table.columns.text,
+            tasks=list(run.table.columns.tasks),
+        )
+        save_model(work, model, columns, run.table.name, config.model_dump(mode="json"))
+        seconds = time.perf_counter() - started
+        render_report(
+            _report(run, model, examples["test"], answers, metrics, progression, parameters, seconds, config),
+            work / REPORT,
+        )
+        (work / CHECKPOINT).unlink(missing_ok=True)
+        (work / RUN).unlink(missing_ok=True)
+        log.info("wrote %s", run.output)
+    return Result(run.output, metrics, progression.seconds)
+
+
+def _check_output(run: TrainingRun) -> Result | None:
+    """Refuses to overwrite; gives the result of a run that is complete already, when asked to resume it."""
+    if run.output.exists():
+        if run.resume and (run.output / METRICS).is_file():
+            load_config(run.output)
+            metrics = json.loads((run.output / METRICS).read_text(encoding="utf-8"))
+            return Result(run.output, metrics["test"], metrics["seconds"])
+        if not run.overwrite:
+            raise InputError(f"{run.output}: exists already: name another --output, or pass --overwrite to replace it")
+    partial = partial_directory(run.output)
+    if run.resume and not (partial / CHECKPOINT).is_file():
+        raise InputError(f"{partial}: no unfinished run to resume: leave out --resume")
+    if not run.resume and partial.exists():
+        if (partial / CHECKPOINT).is_file() and not run.overwrite:
+            raise InputError(
+                f"{partial}: an unfinished run is there: go on with --resume, or pass --overwrite to drop it"
+            )
+        shutil.rmtree(partial)
+    return None
+
+
+def _prepare(run: TrainingRun, config: TrainingConfig) -> tuple[dict[str, Table], dict[str, int]]:
+    """The checked rows, split; and how many rows were bad in what way."""
+    checked, counts = check_rows(run.table, run.on_bad_rows)
+    tables = split_table(checked, split_column=run.split_column, seed=config.seed)
+    for split, table in tables.items():
+        if len(table) == 0:
+            raise InputError(f"{run.table.name}: no rows for split '{split}': add rows, or name another split column")
+    return tables, counts
+
+
+def _tokenizer(run: TrainingRun, table: Table) -> Tokenizer | None:
+    """For `tiny` a small vocabulary from the training texts; None leaves the named model its own."""
+    texts = [text for text in table.texts() if text is not None]
+    if run.model != "tiny" or not texts:
+        return None
+    return TrainedTokenizer.train(texts, context_length=run.model_options.get("context_length", 32))
+
+
+def _same_run(path: Path, run: TrainingRun, config: TrainingConfig, model: CMACLIP) -> None:
+    """Notes what is being trained; on resuming, refuses to go on with anything else."""
+    now = {
+        "data": run.table.name,
+        "rows": len(run.table),
+        "model": model.config.model_dump(mode="json"),
+        "training": config.model_dump(mode="json"),
+        "tasks": model.tasks,
+    }
+    if run.resume and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key, value in now.items() if before.get(key) != value]
+        if changed:
+            raise InputError(
+                f"{path.parent}: was begun with other settings ({', '.join(changed)}): "
+                "resume with the same ones, or pass --overwrite to start anew"
+            )
+    write_json(path, now)
+
+
+def _measure(
+    model: CMACLIP,
+    examples: dict[str, Examples],
+    config: TrainingConfig,
+    target: float,
+    work: Path,
+    counts: dict[str, int],
+    progression: Progression,
+) -> tuple[dict[str, dict[str, dict[str, float]]], Classified]:
+    """Measures the test rows in every view, sets thresholds on the validation rows, writes both as JSON."""
+    device = next(model.parameters()).device
+    validation = classify(model, examples["validation"], config.batch_size, device).metrics(target)
+    thresholds = {
+        task: {
+            "target_precision": target,
+            "task": m.threshold,
+            "classes": dict(zip(model.tasks[task], m.class_threshold, strict=True)),
+        }
+        for task, m in validation.items()
+    }
+    write_json(work / THRESHOLDS, thresholds)
+    views = {view: classify(model, examples["test"], config.batch_size, device, view) for view in VIEWS}
+    metrics = {
+        view: {task: m.headline() for task, m in answers.metrics(target).items()} for view, answers in views.items()
+    }
+    record = {
+        "target_precision": target,
+        "test": metrics,
+        "validation": {task: m.headline() for task, m in validation.items()},
+        "modality_weights": mean_weights(views["both"]),
+        "history": progression.history,
+        "best_epoch": progression.best_epoch,
+        "seconds": progression.seconds,
+        "counts": counts,
+    }
+    write_json(work / METRICS, record)
+    return metrics, views["both"]
+
+
+def mean_weights(answers: Classified) -> dict[str, dict[str, float]] | None:
+    """For each task the mean weights of text and image over the rows that have both."""
+    if answers.weights is None:
+        return None
+    both = answers.present.all(1)
+    if not both.any():
+        return None
+    means = {task: weights[both].mean(0).tolist() for task, weights in answers.weights.items()}
+    return {task: {"text": text, "image": image} for task, (text, image) in means.items()}
+
+
+def _report(
+    run: TrainingRun,
+    model: CMACLIP,
+    test: Examples,
+    answers: Classified,
+    metrics: dict[str, dict[str, dict[str, float]]],
+    progression: Progression,
+    parameters: int,
+    seconds: float,
+    config: TrainingConfig,
+) -> ReportView:
+    full = answers.metrics(run.target_precision)
+    right, wrong = gallery_rows(answers)
+    names = {"both": "test", "text alone": "test, text alone", "image alone": "test, image alone"}
+    return ReportView(
+        title=f"CMA-CLIP on {Path(run.table.name).name}",
+        summary={
+            "model": f"{run.model}, {parameters / 1e6:.1f} M parameters",
+            "data": f"{run.table.name}, {len(run.table)} rows",
+            "best epoch": f"{progression.best_epoch} of {progression.epoch}",
+            "seed": str(config.seed),
+            "training": f"{progression.seconds / 60:.1f} min",
+            "in all": f"{seconds / 60:.1f} min",
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
+            + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+            "torch": torch.__version__,
+        },
+        history=progression.history,
+        splits={names[view]: tasks for view, tasks in metrics.items()},
+        tasks=[_task_view(model, task, m, answers) for task, m in full.items()],
+        right=explain(model, test.table.select(right)),
+        wrong=explain(model, test.table.select(wrong)),
+        target_precision=run.target_precision,
+    )
+
+
+def _task_view(model: CMACLIP, task: str, metrics: TaskMetrics, answers: Classified) -> TaskView:
+    precision, recall = micro_curve(answers.probabilities[task], answers.labels[task])
+    return TaskView(
+        name=task,
+        classes=model.tasks[task],
+        metrics=metrics.headline(),
+        per_class=[
+            {
+                "class": name,
+                "rows": int(metrics.class_rows[c]),
+                "precision": float(metrics.class_precision[c]),
+                "recall": float(metrics.class_recall[c]),
+                "f1": float(metrics.class_f1[c]),
+                "recall_at_precision": float(metrics.class_recall_at_precision[c]),
+            }
+            for c, name in enumerate(model.tasks[task])
+        ],
+        confusion=metrics.confusion.numpy(),
+        weights=None if answers.weights is None else answers.weights[task].numpy(),
+        precision_curve=precision.numpy(),
+        recall_curve=recall.numpy(),
+    )
+
+
+def gallery_rows(answers: Classified, number: int = GALLERY) -> tuple[list[int], list[int]]:
+    """Rows to show: right in every task, and wrong in at least one, each the surest half and a spread of the rest."""
+    surest = torch.stack([p.max(1).values for p in answers.probabilities.values()]).mean(0)
+    wrong = torch.zeros(len(surest), dtype=torch.bool)
+    labelled = torch.zeros(len(surest), dtype=torch.bool)
+    for task, probabilities in answers.probabilities.items():
+        labels = answers.labels[task]
+        labelled |= labels >= 0
+        wrong |= (labels >= 0) & (probabilities.argmax(1) != labels)
+
+    def pick(mask: torch.Tensor) -> list[int]:
+        rows = mask.nonzero().flatten()
+        ordered = rows[surest[rows].argsort(descending=True)]
+        head, rest = ordered[: number // 2], ordered[number // 2 :]
+        step = max(1, len(rest) // max(1, number - len(head)))
+        return torch.cat([head, rest[::step][: number - len(head)]]).tolist()
+
+    return pick(labelled & ~wrong), pick(wrong)
+
+
+@contextmanager
+def _log_file(path: Path, console: Console) -> Iterator[None]:
+    """Sends this package's log to `path`, and its lines to the console."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    echo = _ConsoleHandler(console)
+    level = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    log.addHandler(echo)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.removeHandler(echo)
+        log.setLevel(level)
+        handler.close()
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.print(record.getMessage(), highlight=False, markup=False)

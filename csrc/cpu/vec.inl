@@ -1,0 +1,96 @@
+// Vectors of CMACLIP_LANES floats, for one instruction set; included by targets.h inside its namespace.
+
+constexpr int kLanes = CMACLIP_LANES;
+
+typedef float Vec __attribute__((vector_size(4 * CMACLIP_LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * CMACLIP_LANES)));
+typedef uint32_t BitVec __attribute__((vector_size(4 * CMACLIP_LANES)));
+typedef uint16_t HalfBitVec __attribute__((vector_size(2 * CMACLIP_LANES)));
+typedef float UnalignedVec __attribute__((vector_size(4 * CMACLIP_LANES), aligned(4), may_alias));
+typedef uint16_t UnalignedHalfBitVec __attribute__((vector_size(2 * CMACLIP_LANES), aligned(2), may_alias));
+
+inline Vec splat(float x) {
+  return x - Vec{};
+}
+
+inline Vec load(const float* p) {
+  return *reinterpret_cast<const UnalignedVec*>(p);
+}
+
+inline Vec load(const torch::headeronly::BFloat16* p) {
+  const HalfBitVec bits = *reinterpret_cast<const UnalignedHalfBitVec*>(p);
+  return (Vec)(__builtin_convertvector(bits, BitVec) << 16);
+}
+
+inline void store(float* p, Vec x) {
+  *reinterpret_cast<UnalignedVec*>(p) = x;
+}
+
+inline void store(torch::headeronly::BFloat16* p, Vec x) {
+  const BitVec bits = (BitVec)x;
+  const BitVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const BitVec nan = (bits >> 16) | 0x40u;
+  const BitVec result = (x == x) ? rounded : nan;
+  *reinterpret_cast<UnalignedHalfBitVec*>(p) = __builtin_convertvector(result, HalfBitVec);
+}
+
+// The first `count` elements, the other lanes 0.
+template <typename T>
+inline Vec load(const T* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  T part[kLanes] = {};
+  std::memcpy(part, p, count * sizeof(T));
+  return load(part);
+}
+
+template <typename T>
+inline void store(T* p, Vec x, int64_t count) {
+  if (count >= kLanes) return store(p, x);
+  T part[kLanes];
+  store(part, x);
+  std::memcpy(p, part, count * sizeof(T));
+}
+
+inline float sum(Vec x) {
+  float parts[kLanes];
+  std::memcpy(parts, &x, sizeof(x));
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return parts[0];
+}
+
+inline float greatest(Vec x) {
+  float parts[kLanes];
+  std::memcpy(parts, &x, sizeof(x));
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] = parts[i] < parts[i + half] ? parts[i + half] : parts[i];
+  return parts[0];
+}
+
+inline Vec greater(Vec a, Vec b) {
+  return a > b ? a : b;
+}
+
+// e to the power x; 0 below the least normal result. Relative error at most 2e-7 for x <= 88.
+inline Vec exponential(Vec x) {
+  const Vec least = splat(-87.33654f), most = splat(88.72283f);
+  const IntVec vanishes = x < least;
+  x = x > most ? most : x;
+  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+  const Vec shifted = x * 1.44269504f + 12582912.0f;
+  const Vec n = shifted - 12582912.0f;
+  Vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  // Two factors, since 2^128 alone is past the greatest float.
+  const IntVec exponent = (IntVec)shifted - 0x4b400000;
+  const IntVec low = exponent >> 1, high = exponent - low;
+  p = p * (Vec)((low + 127) << 23) * (Vec)((high + 127) << 23);
+  return vanishes ? Vec{} : p;
+}

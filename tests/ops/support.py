@@ -1,0 +1,161 @@
+"""Cases of the operators, and the rule by which a backend's results are judged.
+
+The rule: the error against float64 is at most twice that of plain PyTorch in the same dtype, plus a small floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmaclip_fast import ops
+
+# In units of the dtype's epsilon, times the largest true value: what the order of a sum may cost.
+FLOOR = {torch.float32: 8.0, torch.float16: 1.0, torch.bfloat16: 1.0}
+
+
+@dataclass
+class Case:
+    """Arguments of an operator by name; floating-point tensors are cast, and differentiated unless in `fixed`."""
+
+    operator: str
+    arguments: dict[str, Any]
+    fixed: Sequence[str] = ()
+
+    def tensors(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
+        return {name: _prepare(value, dtype, device) for name, value in self.arguments.items()}
+
+    def run(
+        self, backend: str, dtype: torch.dtype, device: str = "cpu", transform: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Outputs and gradients in float64 on the CPU; `transform` changes the layout of each tensor argument."""
+        arguments = self.tensors(dtype, device)
+        leaves = {}
+        for name, value in arguments.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and name not in self.fixed:
+                leaves[name] = value.requires_grad_()
+        if transform is not None:
+            arguments = {name: transform(v) if name in leaves else v for name, v in arguments.items()}
+        outputs = getattr(ops, self.operator)(**arguments, backend=backend)
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        generator = torch.Generator().manual_seed(1)
+        targets, cotangents = [], []
+        for output in outputs:
+            if output.is_floating_point():
+                cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float32).bfloat16()
+                targets.append(output.masked_fill(output == -torch.inf, 0))
+                cotangents.append(cotangent.to(output.device, output.dtype))
+        torch.autograd.backward(targets, cotangents)
+        results = {f"output {index}": output for index, output in enumerate(outputs)}
+        results |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        return {name: result.detach().double().cpu() for name, result in results.items()}
+
+
+def check(
+    case: Case,
+    backend: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Run a case on a backend and judge outputs and gradients by the rule."""
+    # Inputs are rounded to the dtype first, so that the truth is the truth of the same numbers.
+    rounded = Case(case.operator, case.tensors(dtype), case.fixed)
+    truth = rounded.run("reference", torch.float64)
+    plain = rounded.run("reference", dtype)
+    got = rounded.run(backend, dtype, device, transform)
+    assert got.keys() == truth.keys()
+    for name in truth:
+        judge(f"{case.operator}, {backend}, {dtype}: {name}", got[name], plain[name], truth[name], dtype)
+
+
+def judge(name: str, got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    assert got.shape == truth.shape, f"{name}: shape {list(got.shape)}, not {list(truth.shape)}"
+    assert torch.equal(got.isinf(), truth.isinf()), f"{name}: infinities differ"
+    assert torch.equal(got.isnan(), truth.isnan()), f"{name}: {int(got.isnan().sum())} NaN"
+    if truth.numel() == 0:
+        return
+    finite = truth.isfinite()
+    got, plain, truth = (x.masked_fill(~finite, 0) for x in (got, plain, truth))
+    floor = FLOOR[dtype] * torch.finfo(dtype).eps * float(truth.abs().max().clamp(min=1e-3))
+    error, allowed = float((got - truth).abs().max()), 2 * float((plain - truth).abs().max()) + floor
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _prepare(value: Any, dtype: torch.dtype, device: str) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to(device, dtype if value.is_floating_point() else value.dtype, copy=True)
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """The same values as a view with gaps between the rows of its last dimension, which stays contiguous."""
+    wide = torch.cat([tensor, torch.full_like(tensor, torch.nan)], dim=-1)
+    return wide[..., : tensor.shape[-1]]
+
+
+def ends(lengths: Sequence[int]) -> Tensor:
+    """`cu_seqlens` of rows of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def modality_pool_case(rows: int, modalities: int, width: int, tasks: int, shared: bool = False) -> Case:
+    embeddings = torch.randn(rows, modalities, width)
+    weight = torch.randn(tasks, 1 if shared else modalities, width) * width**-0.5
+    present = torch.rand(rows, modalities) < 0.7
+    return Case("modality_pool", {"embeddings": embeddings, "weight": weight, "present": present})
+
+
+def pack_tokens_case(
+    rows: int, length: int, patches: int, width: int, typed: bool = True, spare: int | None = None
+) -> Case:
+    text_lengths = torch.randint(0, length + 1, (rows,), dtype=torch.int32)
+    present = torch.rand(rows, 2) < 0.7
+    arguments = {
+        "text": torch.randn(rows, length, width),
+        "image": torch.randn(rows, patches, width),
+        "text_lengths": text_lengths,
+        "present": present,
+        "type_embedding": torch.randn(2, width) if typed else None,
+    }
+    if spare is not None:
+        tokens = (text_lengths * present[:, 0]).sum() + patches * present[:, 1].sum()
+        arguments["capacity"] = int(tokens) + spare
+    return Case("pack_tokens", arguments)
+
+
+def packed_attention_case(
+    q_lengths: Sequence[int],
+    k_lengths: Sequence[int] | None = None,
+    heads: int = 2,
+    size: int = 32,
+    causal: bool = False,
+    spare: int = 0,
+) -> Case:
+    k_lengths = q_lengths if k_lengths is None else k_lengths
+    q = torch.randn(sum(q_lengths) + spare, heads, size)
+    k, v = (torch.randn(sum(k_lengths) + spare, heads, size) for _ in range(2))
+    arguments = {
+        **{"q": q, "k": k, "v": v, "cu_seqlens_q": ends(q_lengths), "cu_seqlens_k": ends(k_lengths)},
+        **{"max_seqlen_q": max(q_lengths, default=0), "max_seqlen_k": max(k_lengths, default=0), "causal": causal},
+    }
+    return Case("packed_attention", arguments)
+
+
+def multitask_cross_entropy_case(
+    rows: int, classes: Sequence[int], weighted: bool = False, label_smoothing: float = 0.0, labelled: float = 0.7
+) -> Case:
+    labels = torch.stack([torch.randint(0, count, (rows,)) for count in classes], dim=1)
+    labels = torch.where(torch.rand(labels.shape) < labelled, labels, -1)
+    arguments = {
+        "logits": torch.randn(rows, sum(classes)) * 3,
+        "labels": labels,
+        "offsets": ends(classes),
+        "class_weight": torch.rand(sum(classes)) if weighted else None,
+        "label_smoothing": label_smoothing,
+    }
+    return Case("multitask_cross_entropy", arguments, fixed=("class_weight",))
