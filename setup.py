@@ -154,16 +154,17 @@ class RecordedBuild(build_py):
 
     def run(self) -> None:
         if RECORD["EXTENSION_REASON"]:
-            self.announce(f"WARNING: building without the compiled extension: {RECORD['EXTENSION_REASON']}", level=4)
+            self.warn(f"building without the compiled extension: {RECORD['EXTENSION_REASON']}")
         elif RECORD["CUDA_REASON"]:
-            self.announce(f"building without CUDA: {RECORD['CUDA_REASON']}", level=3)
+            self.warn(f"building without CUDA: {RECORD['CUDA_REASON']}")
         lines = ['"""How this installation\'s extension was built; written by setup.py."""', ""]
         lines += [f"{name} = {value!r}" for name, value in RECORD.items()]
-        path = ROOT / "cmaclip_fast" / "_build.py"
+        super().run()
+        folder = ROOT if self.editable_mode else Path(self.build_lib)
+        path = folder / "cmaclip_fast" / "_build.py"
         temporary = path.with_suffix(".tmp")
         temporary.write_text("\n".join(lines) + "\n")
         temporary.replace(path)
-        super().run()
 
 
 setup(

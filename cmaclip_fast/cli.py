@@ -82,7 +82,10 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     from cmaclip_fast import env as environment
 
     out.print(
-        json.dumps(environment.as_dict(), indent=2) if as_json else environment.as_text(), highlight=False, markup=False
+        json.dumps(environment.as_dict(), indent=2) if as_json else environment.as_text(),
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -39,6 +39,7 @@ from cmaclip_fast.evaluation import classify
 from cmaclip_fast.losses import contrastive_loss, multitask_loss
 from cmaclip_fast.metrics import task_metrics
 from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.tiny import STRIDE
 from cmaclip_fast.types import IMAGE, TEXT, Batch
 
 log = logging.getLogger("cmaclip_fast")
@@ -57,8 +58,12 @@ class TrainingConfig(BaseModel):
         clip_norm: largest norm of the gradient.
         label_smoothing: share of the probability spread over all classes.
         text_dropout, image_dropout: how often a row's text, or its picture, is hidden in training, where it has both.
+        mismatch: share of the rows that are given another row's text under their own labels, so that the model learns
+            to hold the text against the picture instead of learning the training texts by heart.
         augmentation: random changes of pictures and texts in training; None for none.
         auxiliary_weight: of the loss of the model's auxiliary heads.
+        small_epochs: share of the epochs, the first ones, that see pictures of two thirds the side, at half the cost;
+            only for `tiny`.
         contrastive_epochs: passes over the training pairs with CLIP's own loss before the tasks.
         ema_decay: of the running average of the weights, which is what is evaluated and kept; 0 for none.
         patience: epochs without a better validation score before training stops; 0 for never.
@@ -80,8 +85,10 @@ class TrainingConfig(BaseModel):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     text_dropout: float = Field(0.1, ge=0, le=1)
     image_dropout: float = Field(0.1, ge=0, le=1)
+    mismatch: float = Field(0.0, ge=0, lt=1)
     augmentation: Augmentation | None = Field(default_factory=Augmentation)
     auxiliary_weight: float = Field(0.5, ge=0)
+    small_epochs: float = Field(0.0, ge=0, le=1)
     contrastive_epochs: int = Field(0, ge=0)
     ema_decay: float = Field(0.0, ge=0, lt=1)
     patience: int = Field(0, ge=0)
@@ -118,16 +125,31 @@ class Objective(nn.Module):
             image, text = self.model.contrastive_features(batch)
             complete = batch.present.all(1)
             return contrastive_loss(image[complete], text[complete], self.model.logit_scale)
-        output = self.model(self._hide(batch) if self.training else batch)
-        smoothing = self.config.label_smoothing
-        loss = torch.stack(list(multitask_loss(output.logits, batch.labels, smoothing).values())).mean()
-        if self.training and self.model.config.auxiliary_heads and self.config.auxiliary_weight:
-            for modality, logits in enumerate(self.model.auxiliary_logits(output)):
-                seen = batch.present[:, modality]
-                labels = {task: label.where(seen, -1) for task, label in batch.labels.items()}
-                alone = torch.stack(list(multitask_loss(logits, labels, smoothing).values())).mean()
-                loss = loss + self.config.auxiliary_weight * alone
+        if not self.training:
+            return self._loss(self.model(batch).logits, batch.labels)
+        mixed, text_rows = self._mismatch(batch)
+        output = self.model(self._hide(mixed))
+        loss = self._loss(output.logits, batch.labels)
+        if self.model.config.auxiliary_heads and self.config.auxiliary_weight:
+            by_text, by_image = self.model.auxiliary_logits(output)
+            of_text = {task: label[text_rows].where(mixed.present[:, TEXT], -1) for task, label in batch.labels.items()}
+            of_image = {task: label.where(batch.present[:, IMAGE], -1) for task, label in batch.labels.items()}
+            loss = loss + self.config.auxiliary_weight * (self._loss(by_text, of_text) + self._loss(by_image, of_image))
         return loss
+
+    def _loss(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
+        return torch.stack(list(multitask_loss(logits, labels, self.config.label_smoothing).values())).mean()
+
+    def _mismatch(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """Gives some rows the text of another row, under their own labels; `[B]`, whose text each row now has."""
+        rows = torch.arange(len(batch), device=batch.present.device)
+        if not self.config.mismatch:
+            return batch, rows
+        other = torch.randperm(len(batch), device=rows.device)
+        has_text = batch.present[:, TEXT]
+        chosen = (torch.rand(len(batch), device=rows.device) < self.config.mismatch) & has_text & has_text[other]
+        rows = torch.where(chosen, other, rows)
+        return replace(batch, tokens=batch.tokens[rows], text_lengths=batch.text_lengths[rows]), rows
 
     def _hide(self, batch: Batch) -> Batch:
         """Modality dropout: hides the text of some complete pairs and the picture of some others."""
@@ -136,7 +158,7 @@ class Objective(nn.Module):
         present = batch.present.clone()
         present[:, TEXT] &= ~(both & (draw < self.config.text_dropout))
         present[:, IMAGE] &= ~(both & (draw > 1 - self.config.image_dropout))
-        return Batch(batch.images, batch.tokens, batch.text_lengths, present, batch.labels, batch.rows)
+        return replace(batch, present=present)
 
 
 @dataclass
@@ -176,6 +198,8 @@ def fit(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     objective = Objective(model, config)
+    if config.small_epochs and model.config.name != "tiny":
+        raise InputError(f"small_epochs: '{model.config.name}' reads pictures of one size: leave it 0, or train 'tiny'")
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98))
     loader = make_loader(
         training, config.batch_size, shuffle=True, seed=config.seed, workers=config.workers, drop_last=True
@@ -207,7 +231,7 @@ def fit(
             started = time.perf_counter()
             # all randomness of an epoch follows from (seed, epoch), so a resumed run repeats it
             torch.manual_seed(config.seed * 1_000_003 + epoch)
-            training.set_epoch(epoch)
+            training.side = _side(model, config, epoch)
             loader.set_epoch(epoch)
             objective.train()
             total = torch.zeros((), device=accelerator.device)
@@ -307,6 +331,13 @@ def parameter_groups(model: CMACLIP, config: TrainingConfig) -> list[dict[str, A
         }
         for (in_tower, decays), parameters in groups.items()
     ]
+
+
+def _side(model: CMACLIP, config: TrainingConfig, epoch: int) -> int | None:
+    """Pixels a side of this epoch's training pictures; None is the model's own."""
+    if epoch >= config.small_epochs * (config.contrastive_epochs + config.epochs):
+        return None
+    return max(1, round(model.preprocessing.size / STRIDE * 2 / 3)) * STRIDE
 
 
 def _schedule(config: TrainingConfig, steps: int) -> Callable[[int], float]:

@@ -20,7 +20,7 @@ from cmaclip_fast.data.tokenizer import OpenClipTokenizer, Tokenizer
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.modules import ModalityAttention, SequenceAttention, TaskHead
 from cmaclip_fast.ops import pack_tokens
-from cmaclip_fast.stem import ConvStem
+from cmaclip_fast.tiny import TinyCLIP
 from cmaclip_fast.towers import image_tower, text_tower
 from cmaclip_fast.types import TEXT, AttentionMaps, Batch, Output
 
@@ -36,6 +36,7 @@ class ModelConfig(BaseModel):
     Attributes:
         name: `tiny`, or an open_clip model name.
         image_size: pixels a side; None keeps the named model's.
+        context_length: most tokens of a text; None keeps the named model's.
         width: D, the common width of the fused sequence.
         depth: layers of sequence-wise attention.
         heads: attention heads of each layer; divides `width`.
@@ -46,15 +47,14 @@ class ModelConfig(BaseModel):
         sequence_attention: False is the ablation: the towers' global tokens, projected, are the embeddings.
         modality_attention: False is the ablation: each head gets both embeddings, side by side.
         vectors: keyless attention with one vector per task (the paper), or one per task and modality.
-        auxiliary_heads: each modality also classifies alone during training, which keeps the easier one from
-            starving the other; not used for predictions.
+        auxiliary_heads: each tower also classifies alone, in training, which keeps the modality that is learnt first
+            from starving the other; not used for predictions.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     name: str = "ViT-B-32"
     image_size: int | None = Field(None, gt=0)
-    vocab_size: int | None = Field(None, gt=0)
     context_length: int | None = Field(None, gt=1)
     width: int = Field(512, gt=0)
     depth: int = Field(4, ge=1)
@@ -73,12 +73,11 @@ TINY = ModelConfig(
     name="tiny",
     image_size=96,
     context_length=32,
-    width=192,
-    depth=2,
-    heads=6,
-    mlp_ratio=2.0,
+    width=128,
+    depth=1,
+    heads=4,
     dropout=0.1,
-    head_dropout=0.2,
+    head_dropout=0.3,
     auxiliary_heads=True,
 )
 """Our small CLIP, for training from scratch on a CPU."""
@@ -98,7 +97,7 @@ class CMACLIP(nn.Module):
         self,
         config: ModelConfig,
         tasks: Mapping[str, Sequence[str]],
-        clip: CustomTextCLIP | CoCa,
+        clip: CustomTextCLIP | CoCa | TinyCLIP,
         preprocessing: ImagePreprocessing,
         tokenizer: Tokenizer,
     ) -> None:
@@ -160,52 +159,54 @@ class CMACLIP(nn.Module):
         """
         image_tokens = self.image_tower(batch.images)
         text_tokens, text_lengths = self.text_tower(batch.tokens, batch.text_lengths)
-        embedding, attention = self._fuse(image_tokens, text_tokens, text_lengths, batch.present, with_attention)
+        text, image = self.text_projection(text_tokens), self.image_projection(image_tokens)
+        position = torch.zeros_like(text_lengths) if self.text_tower.global_first else text_lengths - 1
+        rows = torch.arange(len(image), device=image.device)
+        towers = torch.stack([text[rows, position], image[:, 0]], dim=1)
+        if self.config.sequence_attention:
+            embedding, attention = self._fuse(text, image, position, text_lengths, batch.present, with_attention)
+        else:
+            embedding, attention = towers, None
+        embedding = self.norm(embedding) * batch.present[..., None]
         if not self.config.modality_attention:
             both = embedding.flatten(1)
             logits = {task: head(both) for task, head in zip(self.tasks, self.heads, strict=True)}
-            return Output(logits, embedding=embedding, attention=attention)
+            return Output(logits, None, embedding, towers, attention)
         pooled, weights = self.modality_attention(embedding, batch.present)
         logits = {task: head(pooled[:, k]) for k, (task, head) in enumerate(zip(self.tasks, self.heads, strict=True))}
-        return Output(logits, {task: weights[:, k] for k, task in enumerate(self.tasks)}, embedding, attention)
+        modality_weights = {task: weights[:, k] for k, task in enumerate(self.tasks)}
+        return Output(logits, modality_weights, embedding, towers, attention)
 
     def _fuse(
-        self, image_tokens: Tensor, text_tokens: Tensor, text_lengths: Tensor, present: Tensor, with_attention: bool
+        self, text: Tensor, image: Tensor, position: Tensor, lengths: Tensor, present: Tensor, with_attention: bool
     ) -> tuple[Tensor, AttentionMaps | None]:
-        """Sequence-wise attention: the tokens of both towers -> embedding `[B, 2, D]`, 0 where absent."""
-        rows = torch.arange(len(present), device=present.device)
-        text_position = torch.zeros_like(text_lengths) if self.text_tower.global_first else text_lengths - 1
-        if not self.config.sequence_attention:
-            text_global = self.text_projection(text_tokens[rows, text_position])
-            image_global = self.image_projection(image_tokens[:, 0])
-            embedding = self.norm(torch.stack([text_global, image_global], dim=1))
-            return embedding * present[..., None], None
+        """Sequence-wise attention over `text [B, L, D]` and `image [B, P, D]`: its two global tokens, `[B, 2, D]`.
 
-        text = self.text_projection(text_tokens)
-        image = self.image_projection(image_tokens)
-        packed, cu_seqlens = pack_tokens(text, image, text_lengths, present, self.type_embedding)
+        Where a modality is absent its place holds some other token, for the caller to hide.
+        """
+        packed, cu_seqlens = pack_tokens(text, image, lengths, present, self.type_embedding)
+        counts = lengths * present[:, TEXT]
         if len(packed) == 0:
-            maps = AttentionMaps([packed.new_zeros(0, 0) for _ in rows], torch.zeros_like(text_lengths).long())
-            return packed.new_zeros(len(present), 2, self.config.width), maps if with_attention else None
+            nothing = [packed.new_zeros(0, 0) for _ in counts]
+            maps = AttentionMaps(nothing, counts.long()) if with_attention else None
+            return packed.new_zeros(len(present), 2, self.config.width), maps
         longest = text.shape[1] + image.shape[1]
         packed, weights = self.sequence_attention(packed, cu_seqlens, longest, with_attention)
-        text_count = text_lengths * present[:, TEXT]
         starts = cu_seqlens[:-1]
-        index = torch.stack([starts + text_position * present[:, TEXT], starts + text_count], dim=1)
-        index = index.clamp(max=len(packed) - 1)
-        embedding = self.norm(packed[index]) * present[..., None]
-        return embedding, None if weights is None else AttentionMaps(weights, text_count.long())
+        index = torch.stack([starts + position * present[:, TEXT], starts + counts], dim=1)
+        embedding = packed[index.clamp(max=len(packed) - 1)]
+        return embedding, None if weights is None else AttentionMaps(weights, counts.long())
 
     def auxiliary_logits(self, output: Output) -> list[dict[str, Tensor]]:
-        """What the text and the image (in this order) say of each task alone, from their embeddings: `[B, C_task]`.
+        """What each tower says of each task alone, text first: `[B, C_task]`.
 
         Raises:
             ValueError: the model was built without auxiliary heads.
         """
-        if not self.config.auxiliary_heads or output.embedding is None:
+        if not self.config.auxiliary_heads or output.towers is None:
             raise ValueError("the model was built without auxiliary_heads")
         return [
-            {task: head(output.embedding[:, modality]) for task, head in zip(self.tasks, heads.children(), strict=True)}
+            {task: head(output.towers[:, modality]) for task, head in zip(self.tasks, heads.children(), strict=True)}
             for modality, heads in enumerate(self.auxiliary_heads)
         ]
 
@@ -289,37 +290,20 @@ def build_model(
     if config.name == "tiny":
         if pretrained is not None:
             raise InputError("'tiny' has no pretrained weights: leave out --pretrained, or name an open_clip model")
-        tokenizer = tokenizer or OpenClipTokenizer("ViT-B-32", context_length=config.context_length or 32)
-        config = config.model_copy(
-            update={"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
-        )
-        clip = _tiny_clip(config)
-        preprocessing = ImagePreprocessing(
-            size=config.image_size, mean=(0.5,) * 3, std=(0.5,) * 3, resize_mode="squash"
-        )
+        tokenizer = tokenizer or OpenClipTokenizer("ViT-B-32", context_length=config.context_length)
+        size, context = config.image_size or 96, tokenizer.context_length
+        config = config.model_copy(update={"image_size": size, "context_length": context})
+        try:
+            clip: CustomTextCLIP | CoCa | TinyCLIP = TinyCLIP(size, context, tokenizer.pieces(), tokenizer.eot)
+        except ValueError as error:
+            raise InputError(f"model options: {error}") from None
+        # white becomes 0, which is also what convolutions pad with
+        preprocessing = ImagePreprocessing(size=size, mean=(1.0,) * 3, std=(0.5,) * 3, resize_mode="squash")
     else:
         clip = _open_clip_model(config, pretrained)
         preprocessing = ImagePreprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(clip))
         tokenizer = tokenizer or OpenClipTokenizer(config.name, context_length=config.context_length)
     return CMACLIP(config, tasks, clip, preprocessing, tokenizer)
-
-
-def _tiny_clip(config: ModelConfig) -> CustomTextCLIP:
-    size = config.image_size or 96
-    with _quiet_open_clip():
-        clip = CustomTextCLIP(
-            embed_dim=192,
-            vision_cfg={"image_size": size, "patch_size": ConvStem.stride, "width": 192, "layers": 2, "head_width": 32},
-            text_cfg={
-                "context_length": config.context_length,
-                "vocab_size": config.vocab_size,
-                "width": 192,
-                "heads": 6,
-                "layers": 2,
-            },
-        )
-    clip.visual.conv1 = ConvStem(192)
-    return clip
 
 
 def _open_clip_model(config: ModelConfig, pretrained: str | Path | None) -> CustomTextCLIP | CoCa:

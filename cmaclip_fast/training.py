@@ -204,7 +204,8 @@ def _tokenizer(run: TrainingRun, table: Table) -> Tokenizer | None:
     texts = [text for text in table.texts() if text is not None]
     if run.model != "tiny" or not texts:
         return None
-    return TrainedTokenizer.train(texts, context_length=run.model_options.get("context_length", 32))
+    context = run.model_options.get("context_length", 32)
+    return TrainedTokenizer.train(texts, vocab_size=8192, context_length=context, min_frequency=1)
 
 
 def _same_run(path: Path, run: TrainingRun, config: TrainingConfig, model: CMACLIP) -> None:

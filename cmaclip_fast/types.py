@@ -72,10 +72,12 @@ class Output:
         logits: for each task `[B, C_task]`.
         modality_weights: for each task `[B, 2]`, the weights of text and image; rows sum to 1, or are 0 with neither.
         embedding: `[B, 2, D]`, the aggregate text and image embeddings; 0 where absent.
+        towers: `[B, 2, D]`, the global tokens of the towers before fusion; of no meaning where absent.
         attention: the sequence-wise attention maps, when asked for.
     """
 
     logits: dict[str, Tensor]
     modality_weights: dict[str, Tensor] | None = None
     embedding: Tensor | None = None
+    towers: Tensor | None = None
     attention: AttentionMaps | None = None

@@ -42,20 +42,23 @@ class Augmentation(BaseModel):
     word_dropout: float = Field(0.0, ge=0, lt=1)
 
 
-def augment_images(pixels: Tensor, draws: Tensor, how: Augmentation, background: tuple[int, int, int]) -> Tensor:
+def augment_images(
+    pixels: Tensor, draws: Tensor, how: Augmentation, background: tuple[int, int, int], side: int | None = None
+) -> Tensor:
     """Crops, flips and rotates in one resampling, then changes brightness and contrast, then erases.
 
     Args:
         pixels: `[B, 3, S, S]` uint8.
         draws: `[B, IMAGE_DRAWS]` float in 0 to 1.
         background: fills what a crop or rotation brings in from outside, and erased rectangles.
+        side: pixels a side of the result; None is S.
 
     Returns:
-        `[B, 3, S, S]` float32 in 0 to 1.
+        `[B, 3, side, side]` float32 in 0 to 1.
     """
     fill = torch.tensor(background, dtype=torch.float32).div_(255).view(1, 3, 1, 1)
     images = pixels.float().div_(255).sub_(fill)  # what is outside is sampled as 0, which is now the background
-    places = _places(_crop_flip_rotate(draws[:, :6], how), images.shape[-1])
+    places = _places(_crop_flip_rotate(draws[:, :6], how), side or images.shape[-1])
     images = F.grid_sample(images, places, mode="bilinear", padding_mode="zeros", align_corners=False).add_(fill)
     if how.brightness or how.contrast:
         images = _brighten(images, draws[:, 6:8], how)

@@ -38,6 +38,7 @@ class Examples(Dataset[Batch]):
     Attributes:
         truncated: how many texts were longer than the context.
         ignored: for each task, how many rows had an unknown class that was ignored.
+        side: pixels a side of augmented pictures; None is that of the preprocessing.
 
     Raises:
         InputError: a picture cannot be read, or a class is unknown.
@@ -61,6 +62,7 @@ class Examples(Dataset[Batch]):
         self.augmentation = augmentation
         self.seed = seed
         self.epoch = 0
+        self.side: int | None = None
         texts = table.texts()
         tokens, lengths, self.truncated = tokenizer.encode(texts)
         self._tokens, self._lengths = tokens.int().numpy(), lengths.numpy()
@@ -93,6 +95,7 @@ class Examples(Dataset[Batch]):
                 torch.from_numpy(draws[:, :IMAGE_DRAWS]),
                 self.augmentation,
                 self.preprocessing.background_rgb,
+                self.side,
             )
             images = self.preprocessing.normalise(unit)
             if self.augmentation.word_dropout:

@@ -45,6 +45,12 @@ class Tokenizer(ABC):
     def decode_tokens(self, ids: Sequence[int] | Tensor) -> list[str]:
         """For each token the piece of text that it stands for."""
 
+    def pieces(self) -> list[str]:
+        """What every token stands for, in order; empty for the special ones."""
+        special = {self.bos, self.eot, self.pad}
+        names = self.decode_tokens(range(self.vocab_size))
+        return ["" if token in special else name for token, name in enumerate(names)]
+
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """All that `tokenizer_from_dict` needs, as JSON values."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmaclip_fast.ops import reference
+
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 OPERATORS = ("pack_tokens", "packed_attention", "modality_pool", "multitask_cross_entropy")
 
@@ -73,10 +75,19 @@ def _implementation(
     if reason is not None:
         raise RuntimeError(f"{operator} cannot run on the backend '{backend}': {reason}")
     if backend == "reference":
-        return getattr(importlib.import_module("cmaclip_fast.ops.reference"), f"{operator}_{direction}")
+        return _without_autocast(getattr(reference, f"{operator}_{direction}"), device_type)
     if backend == "triton":
         return getattr(importlib.import_module(f"cmaclip_fast.kernels.{operator}"), direction)
     return getattr(torch.ops.cmaclip, f"_{operator}_{direction}_{backend}").default
+
+
+def _without_autocast(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    # The public functions have cast what autocast asks for; inside, sums stay wide.
+    def run_plainly(*arguments: Any) -> Any:
+        with torch.autocast(device_type, enabled=False):
+            return run(*arguments)
+
+    return run_plainly
 
 
 def why_not(operator: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:

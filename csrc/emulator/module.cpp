@@ -294,7 +294,7 @@ PYBIND11_MODULE(cmaclip_emulator, module) {
       .def_property_readonly("names", &PyLibrary::names)
       .def("launch", &PyLibrary::launch, py::arg("name"), py::arg("grid"), py::arg("block"), py::arg("arguments"),
            py::arg("dynamic_shared") = 0, py::arg("order") = "forward", py::arg("seed") = 0,
-           py::arg("step_limit") = uint64_t{1} << 33)
+           py::arg("step_limit") = uint64_t{1} << 30)
       .def("call", &PyLibrary::call, py::arg("name"), py::arg("arguments"));
 }
 

@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "csrc" / "emulator"
 INCLUDE = ROOT / "csrc" / "include"
 RUNTIME_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden")
-# The sanitizer's hooks stand before every access to memory and call the emulator instead of its own runtime. The other
-# flags keep an access one access, and a variable that other threads write a variable.
+# The sanitizers' hooks stand before every access to memory and every basic block, and call the emulator instead of
+# their own runtime. The other flags keep an access one access, and a variable that other threads write a variable.
 KERNEL_FLAGS = (
     "-std=c++20",
     "-O1",
@@ -36,6 +36,7 @@ KERNEL_FLAGS = (
     "-fvisibility=hidden",
     "-fno-gnu-unique",
     "-fsanitize=thread",
+    "-fsanitize-coverage=trace-pc",
     "--param=tsan-instrument-func-entry-exit=0",
     "-fno-tree-sra",
     "-fno-ipa-reference",
@@ -173,9 +174,9 @@ class MemoryCounts:
 class Report:
     """What one launch did: its faults, its counts in all and per source line, and the instructions of its warps.
 
-    `instructions` holds blocks, block_barriers, warp_barriers, shuffles, votes, atomics (per thread), mma_f16, mma_bf16,
-    mma_tf32, ldmatrix, cp_async (per thread), and distinct_sectors_read and distinct_sectors_written: the sectors that
-    the launch must move at least once.
+    `instructions` holds blocks, block_barriers, warp_barriers, shuffles, votes, atomics (per thread), mma_f16,
+    mma_bf16, mma_tf32, ldmatrix, cp_async (per thread), and distinct_sectors_read and distinct_sectors_written: the
+    sectors that the launch must move at least once.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -209,11 +210,11 @@ class Kernels:
         headers = sorted([*include.rglob("*.cuh"), *source.parent.glob("*.cuh")])
         arguments = [*KERNEL_FLAGS, *flags, f"-I{EMULATOR / 'device'}", f"-I{include}"]
         # Paths count: reports name the files that were compiled.
-        key = _digest([source, *headers, *device], [*arguments, str(source), str(runtime)])
+        key = _digest([source, *headers, *device], [*arguments, str(source)])
         compiled = _compile(cache_folder() / f"{source.stem}-{key}.o", [*arguments, "-c", "-x", "c++", str(source)])
-        # Linked without the sanitizer, whose runtime the emulator replaces.
+        # Linked without the sanitizers, whose runtime the emulator replaces.
         link = ["-shared", "-nostartfiles", "-Wl,-Bsymbolic", f"-Wl,-rpath,{runtime.parent}", str(compiled), str(runtime)]
-        self.path = _compile(compiled.with_suffix(".so"), link)
+        self.path = _compile(cache_folder() / f"{source.stem}-{_digest([], link)}.so", link)
         self.library = module().Library(str(self.path))
 
     @property
@@ -234,7 +235,7 @@ class Kernels:
         dynamic_shared: int = 0,
         order: str = "forward",
         seed: int = 0,
-        step_limit: int = 1 << 33,
+        step_limit: int = 1 << 30,
     ) -> Report:
         """Runs one kernel once.
 
@@ -314,7 +315,7 @@ class Kernels:
         return report
 
     def _resolve(self, sites: Iterable[int]) -> None:
-        """Finds the source lines of instructions: the innermost that belongs to a kernel, not to the emulator or ISA."""
+        """Finds the source lines of instructions: the innermost that is not the emulator's or isa.cuh's."""
         unknown = sorted(site for site in sites if site and site not in self._shown)
         if not unknown:
             return

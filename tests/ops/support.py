@@ -105,7 +105,7 @@ def ends(lengths: Sequence[int]) -> Tensor:
 
 def modality_pool_case(rows: int, modalities: int, width: int, tasks: int, shared: bool = False) -> Case:
     embeddings = torch.randn(rows, modalities, width)
-    weight = torch.randn(tasks, 1 if shared else modalities, width) * width**-0.5
+    weight = torch.randn(tasks, 1 if shared else modalities, width) * max(width, 1) ** -0.5
     present = torch.rand(rows, modalities) < 0.7
     return Case("modality_pool", {"embeddings": embeddings, "weight": weight, "present": present})
 

@@ -125,6 +125,7 @@ void Machine::run_block(Size3 index) {
   barrier_predicates_ = 0;
   // All ones: a NaN in every floating-point format.
   std::memset(dynamic_, 0xff, launch_->dynamic_shared);
+  std::memset(reinterpret_cast<void*>(image_->shared_begin), 0xff, image_->shared_end - image_->shared_begin);
   for (int thread = 0; thread < threads_; ++thread) {
     Lane& lane = lanes_[thread];
     lane.state = Lane::ready;
@@ -275,7 +276,7 @@ void Machine::report_divergence() {
 
 void Machine::collective(const char* name, uint32_t mask, uint32_t site, void* data, bool orders_memory,
                          void (*finish)(const Collective& collective)) {
-  if (++steps_ > launch_->step_limit) fail("endless", "the launch's step limit is used up", site);
+  step(site);
   Lane& self = *current_;
   const int lane = self.thread & 31;
   if (((mask >> lane) & 1u) == 0) {
@@ -320,7 +321,7 @@ void Machine::collective(const char* name, uint32_t mask, uint32_t site, void* d
 }
 
 int Machine::block_barrier(uint32_t site, bool predicate) {
-  if (++steps_ > launch_->step_limit) fail("endless", "the launch's step limit is used up", site);
+  step(site);
   Lane& self = *current_;
   if (barrier_arrived_ == 0) barrier_site_ = site;
   if (barrier_site_ != site) {
@@ -426,7 +427,7 @@ Cell* Machine::shared_cells(uintptr_t address, int bytes, uint32_t site, const c
 }
 
 void Machine::access(uintptr_t address, int bytes, Kind kind, uint32_t site, bool aligned) {
-  if (++steps_ > launch_->step_limit) fail("endless", "the launch's step limit is used up", site);
+  step(site);
   const char* what = kind == Kind::read ? "read" : kind == Kind::write ? "write" : "atomic";
   Warp& warp = warps_[current_->thread >> 5];
   if (memory.contains(address)) {

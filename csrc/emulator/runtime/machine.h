@@ -70,7 +70,7 @@ struct Launch {
   uint64_t seed = 0;
   std::vector<void*> arguments;
   const Image* image = nullptr;
-  // Memory accesses and collectives after which a launch is given up as endless.
+  // Memory accesses, collectives and basic blocks after which a launch is given up as endless.
   uint64_t step_limit = 0;
 };
 
@@ -126,6 +126,9 @@ class Machine {
 
   // For the device functions
   enum class Kind { read, write, atomic };
+  void step(uint32_t site) {
+    if (++steps_ > launch_->step_limit) fail("endless", "the launch's step limit is used up", site);
+  }
   void access(uintptr_t address, int bytes, Kind kind, uint32_t site, bool aligned = true);
   uint32_t site(void* return_address) const {
     return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(return_address) - image_->base - 1);

@@ -49,7 +49,7 @@ __device__ __forceinline__ const T* row_embeddings(const T* embedding, Shape sha
 
 // weights [B, K, M] and pooled [B, K, D]. Grid (B, ceil(K / kTasksPerBlock)), kThreads threads: a warp takes a task.
 template <class T, int Count, bool InShared>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     forward(Shape shape, const T* __restrict__ embeddings, const T* __restrict__ weight,
             const bool* __restrict__ present, T* __restrict__ pooled, float* __restrict__ weights) {
   const int64_t row = blockIdx.x;
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // grad_scores [B, K, M], the gradient before the softmax; `grad_weights` may be null. Grid and block as forward.
 template <class T, int Count, bool InShared>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     backward_scores(Shape shape, const T* __restrict__ grad_pooled, const float* __restrict__ grad_weights,
                     const T* __restrict__ embeddings, const bool* __restrict__ present,
                     const float* __restrict__ weights, float* __restrict__ grad_scores) {
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // grad_embeddings [B, M, D]. Grid (B, ceil(D / (kThreads * Count))), kThreads threads: a thread takes Count columns.
 template <class T, int Count>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     backward_embeddings(Shape shape, const T* __restrict__ grad_pooled, const T* __restrict__ weight,
                         const bool* __restrict__ present, const float* __restrict__ weights,
                         const float* __restrict__ grad_scores, T* __restrict__ grad_embeddings) {
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads)
 // grad_weight [K, M, D] or [K, 1, D], rows summed in a fixed order. Grid (ceil(D / (kWarp * Count)),
 // ceil(K / kTasksPerWarp), M or 1), kWeightWarps * kWarp threads: each warp sums every kWeightWarps-th row.
 template <class T, int Count>
-__global__ void __launch_bounds__(kWeightWarps* kWarp)
+__global__ void __launch_bounds__(kWeightWarps* kWarp, 1)
     backward_weight(Shape shape, const T* __restrict__ embeddings, const bool* __restrict__ present,
                     const float* __restrict__ grad_scores, T* __restrict__ grad_weight) {
   __shared__ float partial[kWeightWarps][kTasksPerWarp][kWarp * Count];

@@ -1,4 +1,4 @@
-// Kernels that break one rule each where `Broken`, and keep it where not.
+// Kernels that break one rule each where `Broken`, and keep it where not; `fault` marks the line that is to be named.
 #include "cmaclip/isa.cuh"
 #include "kernel.h"
 
@@ -11,7 +11,7 @@ __global__ void block_barrier(const float* in, float* out) {
   const int i = threadIdx.x, n = blockDim.x;
   tile[i] = in[i];
   if (!Broken) __syncthreads();
-  out[i] = tile[n - 1 - i];
+  out[i] = tile[n - 1 - i];  // fault: block_barrier
 }
 
 template <bool Broken>
@@ -19,7 +19,7 @@ __global__ void warp_barrier(const float* in, float* out) {
   __shared__ float tile[32];
   tile[threadIdx.x] = in[threadIdx.x];
   if (!Broken) __syncwarp();
-  out[threadIdx.x] = tile[31 - threadIdx.x];
+  out[threadIdx.x] = tile[31 - threadIdx.x];  // fault: warp_barrier
 }
 
 // A shuffle in between makes the lanes meet, but orders no memory.
@@ -36,7 +36,7 @@ __global__ void overwrite_barrier(const float* in, float* out) {
   __shared__ float tile[64];
   float sum = 0;
   for (int round = 0; round < 3; ++round) {
-    tile[threadIdx.x] = in[64 * round + threadIdx.x];
+    tile[threadIdx.x] = in[64 * round + threadIdx.x];  // fault: overwrite_barrier
     __syncthreads();
     sum += tile[63 - threadIdx.x];
     if (!Broken) __syncthreads();
@@ -70,25 +70,25 @@ __global__ void double_buffer(const float* in, float* out, int rounds) {
 template <bool Broken>
 __global__ void read_bounds(const float* in, float* out, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (Broken ? i <= n : i < n) out[min(i, n - 1)] = in[i];
+  if (Broken ? i <= n : i < n) out[min(i, n - 1)] = in[i];  // fault: read_bounds
 }
 
 template <bool Broken>
 __global__ void write_bounds(const float* in, float* out, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (Broken ? i <= n : i < n) out[i] = in[min(i, n - 1)];
+  if (Broken ? i <= n : i < n) out[i] = in[min(i, n - 1)];  // fault: write_bounds
 }
 
 template <bool Broken>
 __global__ void shared_bounds(float* out) {
   float* tile = isa::dynamic_shared<float>();
-  tile[threadIdx.x + (Broken ? 1 : 0)] = 1.0f;
+  tile[threadIdx.x + (Broken ? 1 : 0)] = 1.0f;  // fault: shared_bounds
   out[threadIdx.x] = tile[threadIdx.x + (Broken ? 1 : 0)];
 }
 
 template <bool Broken>
 __global__ void vector_alignment(const float* in, float* out) {
-  const float4 v = *reinterpret_cast<const float4*>(in + (Broken ? 1 : 0) + 4 * threadIdx.x);
+  const float4 v = *reinterpret_cast<const float4*>(in + (Broken ? 1 : 0) + 4 * threadIdx.x);  // fault: vector_alignment
   out[threadIdx.x] = v.x + v.y + v.z + v.w;
 }
 
@@ -97,7 +97,7 @@ __global__ void uninitialised(const float* in, float* out) {
   __shared__ float tile[65];
   tile[threadIdx.x] = in[threadIdx.x];
   __syncthreads();
-  out[threadIdx.x] = tile[threadIdx.x + (Broken ? 1 : 0)];
+  out[threadIdx.x] = tile[threadIdx.x + (Broken ? 1 : 0)];  // fault: uninitialised
 }
 
 template <bool Broken>
@@ -105,7 +105,7 @@ __global__ void divergent_shuffle(const float* in, float* out, int active) {
   const int lane = threadIdx.x;
   float value = in[lane];
   if (Broken) {
-    if (lane < active) value += __shfl_down_sync(0xffffffffu, value, 1);
+    if (lane < active) value += __shfl_down_sync(0xffffffffu, value, 1);  // fault: divergent_shuffle
   } else {
     const float other = __shfl_down_sync(0xffffffffu, value, 1);
     if (lane < active) value += other;
@@ -116,7 +116,7 @@ __global__ void divergent_shuffle(const float* in, float* out, int active) {
 template <bool Broken>
 __global__ void divergent_barrier(float* out, int active) {
   if (static_cast<int>(threadIdx.x) >= active && Broken) return;
-  __syncthreads();
+  __syncthreads();  // fault: divergent_barrier
   out[threadIdx.x] = 1.0f;
 }
 
@@ -124,7 +124,7 @@ __global__ void divergent_barrier(float* out, int active) {
 template <bool Broken>
 __global__ void two_barriers(float* out) {
   if (threadIdx.x < 32 && Broken) {
-    __syncthreads();
+    __syncthreads();  // fault: two_barriers
   } else {
     __syncthreads();
   }
@@ -134,13 +134,13 @@ __global__ void two_barriers(float* out) {
 template <bool Broken>
 __global__ void mask_without_self(float* out) {
   const unsigned mask = Broken ? 0x0000ffffu : 0xffffffffu;
-  out[threadIdx.x] = static_cast<float>(__ballot_sync(mask, threadIdx.x < 3));
+  out[threadIdx.x] = static_cast<float>(__ballot_sync(mask, threadIdx.x < 3));  // fault: mask_without_self
 }
 
 template <bool Broken>
 __global__ void block_race(const float* in, float* out) {
   if (Broken) {
-    out[0] += in[blockIdx.x];
+    out[0] += in[blockIdx.x];  // fault: block_race
   } else {
     atomicAdd(out, in[blockIdx.x]);
   }
@@ -162,7 +162,7 @@ __global__ void endless(const int* flag, int* out) {
 
 template <bool Broken>
 __global__ void writes_constant(const float* in, float* out) {
-  if (Broken) const_cast<float*>(in)[threadIdx.x] = 0.0f;
+  if (Broken) const_cast<float*>(in)[threadIdx.x] = 0.0f;  // fault: writes_constant
   out[threadIdx.x] = in[threadIdx.x];
 }
 

@@ -1,0 +1,29 @@
+"""The emulator for tests: kernel libraries by name, and a plain reason where there is no compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from . import emulate
+
+KERNELS = Path(__file__).parent / "kernels"
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Callable[[str], emulate.Kernels]:
+    """Compiles `tests/emulator/kernels/NAME.cpp` once per session and content."""
+    try:
+        emulate.compiler()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    loaded: dict[str, emulate.Kernels] = {}
+
+    def load(name: str) -> emulate.Kernels:
+        if name not in loaded:
+            loaded[name] = emulate.Kernels(KERNELS / f"{name}.cpp")
+        return loaded[name]
+
+    return load

@@ -1,0 +1,106 @@
+"""Parts of the training loop: groups, schedule, what is hidden and mixed, checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmaclip_fast import Batch, InputError, create_model
+from cmaclip_fast.data import TrainedTokenizer
+from cmaclip_fast.fitting import (
+    Objective,
+    Progression,
+    TrainingConfig,
+    _schedule,
+    _side,
+    load_checkpoint,
+    parameter_groups,
+    save_checkpoint,
+)
+from cmaclip_fast.model import CMACLIP
+
+ROWS = 400
+
+
+@pytest.fixture
+def model() -> CMACLIP:
+    tokenizer = TrainedTokenizer.train(["red dress", "blue coat"] * 3, context_length=8)
+    tasks = {"colour": ["blue", "red"], "cut": ["long", "short"]}
+    return create_model("tiny", tasks, tokenizer=tokenizer, image_size=32, width=32, heads=2)
+
+
+def batch_of(rows: int) -> Batch:
+    tokens = torch.arange(rows)[:, None].repeat(1, 8)
+    present = torch.ones(rows, 2, dtype=torch.bool)
+    present[::10, 0] = False
+    present[1::10, 1] = False
+    labels = {"colour": torch.arange(rows) % 2, "cut": torch.arange(rows) % 2}
+    return Batch(torch.zeros(rows, 3, 32, 32), tokens, torch.arange(rows, dtype=torch.int32) % 7 + 2, present, labels)
+
+
+def test_every_parameter_is_in_one_group_with_its_own_rate_and_decay(model: CMACLIP) -> None:
+    groups = parameter_groups(model, TrainingConfig(learning_rate=1e-3, tower_learning_rate=1e-5, weight_decay=0.1))
+    found = {id(p): group for group in groups for p in group["params"]}
+    assert len(found) == sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        group = found[id(parameter)]
+        assert group["peak"] == (1e-5 if name.startswith(("image_tower", "text_tower")) else 1e-3), name
+        plain = parameter.ndim <= 1 or "positional" in name or "class_embedding" in name or "type_emb" in name
+        assert group["weight_decay"] == (0.0 if plain else 0.1), name
+
+
+def test_rate_rises_then_falls_and_starts_anew_after_the_warm_start() -> None:
+    rate = _schedule(TrainingConfig(epochs=10, contrastive_epochs=2, warmup=0.1), steps=10)
+    first, second = [rate(step) for step in range(20)], [rate(step) for step in range(20, 120)]
+    for part, warm in ((first, 2), (second, 10)):
+        assert part[:warm] == sorted(part[:warm]) and max(part) == pytest.approx(1)
+        assert part[warm:] == sorted(part[warm:], reverse=True) and part[-1] < 0.05
+
+
+def test_small_pictures_come_first(model: CMACLIP) -> None:
+    config = TrainingConfig(epochs=4, small_epochs=0.5)
+    assert [_side(model, config, epoch) for epoch in range(4)] == [16, 16, None, None]
+
+
+def test_modality_dropout_hides_one_side_of_complete_pairs_only(model: CMACLIP) -> None:
+    objective = Objective(model, TrainingConfig(text_dropout=0.3, image_dropout=0.2))
+    batch = batch_of(ROWS)
+    hidden = objective._hide(batch)
+    assert hidden.present.any(1).all()
+    both = batch.present.all(1)
+    assert torch.equal(hidden.present[~both], batch.present[~both])
+    shares = 1 - hidden.present[both].float().mean(0)
+    assert abs(shares[0] - 0.3) < 0.08 and abs(shares[1] - 0.2) < 0.08
+
+
+def test_mismatch_moves_whole_texts_between_rows_that_have_one(model: CMACLIP) -> None:
+    objective = Objective(model, TrainingConfig(mismatch=0.4))
+    batch = batch_of(ROWS)
+    mixed, rows = objective._mismatch(batch)
+    assert torch.equal(mixed.tokens[:, 0], rows) and torch.equal(mixed.text_lengths, batch.text_lengths[rows])
+    moved = rows != torch.arange(ROWS)
+    assert 0.2 < moved.float().mean() < 0.45
+    assert batch.present[moved, 0].all() and batch.present[rows[moved], 0].all()
+    assert torch.equal(objective._mismatch(batch)[0].present, batch.present)
+
+
+def test_checkpoint_restores_everything_and_refuses_damage(model: CMACLIP, tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    optimizer = torch.optim.AdamW(parameter_groups(model, TrainingConfig()))
+    sum(p.square().sum() for p in model.parameters()).backward()
+    optimizer.step()
+    best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    said = Progression(epoch=3, step=30, best_score=0.5, best_epoch=2, seconds=1.5, history=[{"epoch": 1.0}])
+    save_checkpoint(path, model, None, optimizer, best, said)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moments = {p: optimizer.state[p]["exp_avg"].clone() for p in model.parameters()}
+    sum(p.square().sum() for p in model.parameters()).backward()
+    optimizer.step()
+    assert load_checkpoint(path, model, None, optimizer, best) == said
+    assert all(torch.equal(model.state_dict()[name], expected[name]) for name in expected)
+    assert all(torch.equal(optimizer.state[p]["exp_avg"], moment) for p, moment in moments.items())
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"c\.safetensors.*--resume"):
+        load_checkpoint(path, model, None, optimizer, best)
