@@ -99,15 +99,24 @@ class TrainingConfig(BaseModel):
 
 
 TINY_TRAINING = TrainingConfig(
-    epochs=40,
+    epochs=30,
     batch_size=64,
-    learning_rate=1e-3,
-    tower_learning_rate=1e-3,
+    learning_rate=2e-3,
+    tower_learning_rate=2e-3,
+    clip_norm=2.0,
     label_smoothing=0.1,
-    text_dropout=0.15,
-    image_dropout=0.15,
-    augmentation=Augmentation(word_dropout=0.15),
-    ema_decay=0.998,
+    mismatch=0.1,
+    augmentation=Augmentation(
+        scale=(0.6, 1.6),
+        ratio=(0.75, 1.33),
+        rotation=15,
+        brightness=0,
+        contrast=0,
+        erasing=0.25,
+        word_dropout=0.3,
+    ),
+    small_epochs=0.8,
+    ema_decay=0.99,
 )
 
 
@@ -119,23 +128,26 @@ class Objective(nn.Module):
         self.model = model
         self.config = config
 
-    def forward(self, batch: Batch, contrastive: bool = False) -> Tensor:
-        """The loss of a batch, a scalar: the mean over tasks, or CLIP's contrastive loss over the complete pairs."""
+    def forward(self, batch: Batch, contrastive: bool = False) -> tuple[Tensor, Tensor]:
+        """Two scalars: the loss to minimise, and the part of it to report, the mean over tasks without auxiliary terms.
+
+        With `contrastive` both are CLIP's loss over the complete pairs.
+        """
         if contrastive:
             image, text = self.model.contrastive_features(batch)
             complete = batch.present.all(1)
-            return contrastive_loss(image[complete], text[complete], self.model.logit_scale)
-        if not self.training:
-            return self._loss(self.model(batch).logits, batch.labels)
+            loss = contrastive_loss(image[complete], text[complete], self.model.logit_scale)
+            return loss, loss.detach()
         mixed, text_rows = self._mismatch(batch)
         output = self.model(self._hide(mixed))
         loss = self._loss(output.logits, batch.labels)
+        report = loss.detach()
         if self.model.config.auxiliary_heads and self.config.auxiliary_weight:
             by_text, by_image = self.model.auxiliary_logits(output)
             of_text = {task: label[text_rows].where(mixed.present[:, TEXT], -1) for task, label in batch.labels.items()}
             of_image = {task: label.where(batch.present[:, IMAGE], -1) for task, label in batch.labels.items()}
             loss = loss + self.config.auxiliary_weight * (self._loss(by_text, of_text) + self._loss(by_image, of_image))
-        return loss
+        return loss, report
 
     def _loss(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
         return torch.stack(list(multitask_loss(logits, labels, self.config.label_smoothing).values())).mean()
@@ -239,7 +251,7 @@ def fit(
             for batch in loader:
                 waited += time.perf_counter() - asked
                 with accelerator.accumulate(objective):
-                    loss = objective(batch, contrastive)
+                    loss, report = objective(batch, contrastive)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
@@ -250,7 +262,7 @@ def fit(
                     optimizer.zero_grad()
                 if accelerator.sync_gradients and average is not None:
                     average.update_parameters(model)
-                total += loss.detach()
+                total += report
                 bar.advance(task)
                 asked = time.perf_counter()
             train_loss = float(accelerator.reduce(total, "mean")) / len(loader)
@@ -264,7 +276,7 @@ def fit(
                 "epoch": epoch + 1,
                 "contrastive": float(contrastive),
                 "train_loss": train_loss,
-                "learning_rate": optimizer.param_groups[0]["lr"],
+                "learning_rate": config.learning_rate * schedule(progress_state.step - 1),
                 "rows_per_second": len(loader) * config.batch_size * accelerator.num_processes / train_seconds,
                 "waiting_for_data": waited / train_seconds,
             }
@@ -313,7 +325,7 @@ def describe_epoch(record: dict[str, float], stages: int) -> str:
 
 
 def parameter_groups(model: CMACLIP, config: TrainingConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: towers and new layers, each with and without weight decay; `peak` is the rate after warm-up."""
+    """AdamW's groups: towers and new layers, with and without weight decay; `peak` is the rate after warm-up."""
     towers = {name for name, _ in model.tower_parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -48,7 +48,7 @@ class SequenceLayer(nn.Module):
 
 
 class SequenceAttention(nn.Module):
-    """Sequence-wise attention: a transformer encoder over the text and image tokens of a pair (paper, section 3.2)."""
+    """Sequence-wise attention: a transformer encoder over the text and image tokens of a pair (paper, figure 1)."""
 
     def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float = 4.0, dropout: float = 0.0) -> None:
         """
@@ -74,7 +74,7 @@ class SequenceAttention(nn.Module):
 
 
 class ModalityAttention(nn.Module):
-    """Modality-wise attention: keyless attention over the two aggregate embeddings, one per task (section 3.3).
+    """Modality-wise attention: keyless attention over the two aggregate embeddings, one per task (paper, figure 1).
 
     Each embedding is scored by a dot product with a vector learned for the task; the softmax of the two scores weighs
     the embeddings. `per_modality` learns one vector per task and modality instead of one per task.

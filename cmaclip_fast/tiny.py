@@ -20,7 +20,7 @@ STRIDE = 16
 """Pixels a side of what a patch token stands for."""
 
 _WIDTH, _HEADS = 128, 4
-_STEM = (24, 48, 96, 192)
+_STEM, _BLOCKS = (16, 32, 96, 192), (1, 1, 2)
 _BUCKETS = 4096
 _NGRAMS = (3, 4, 5)
 _MOST_NGRAMS = 36
@@ -82,7 +82,7 @@ class ConvStem(nn.Module):
             nn.BatchNorm2d(first),
             nn.ReLU(),
         ]
-        for before, after, blocks in zip(_STEM, rest, (1, 2, 2), strict=False):
+        for before, after, blocks in zip(_STEM[:-1], rest, _BLOCKS, strict=True):
             layers += [ResidualBlock(before, after, 2)]
             layers += [ResidualBlock(after, after, 1) for _ in range(blocks - 1)]
         self.stages = nn.Sequential(*layers)
@@ -124,7 +124,7 @@ class SubwordEmbedding(nn.Module):
 
     token_ngrams: Tensor
 
-    def __init__(self, pieces: list[str], width: int, end_token: int, dropout: float = 0.3) -> None:
+    def __init__(self, pieces: list[str], width: int, end_token: int, dropout: float = 0.4) -> None:
         """
         Args:
             dropout: how often each vector of a token's sum is left out in training.

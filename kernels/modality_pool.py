@@ -100,11 +100,12 @@ def forward_kernel(
         scores += tl.sum(w * e[None, :, :], axis=2)
 
     scores = tl.where(exists[None, :], scores, float("-inf"))
+    # In a row without modalities the weights are 0, not 0 / 0.
     most = tl.max(scores, axis=1)
+    most = tl.where(most == float("-inf"), 0.0, most)
     powers = tl.where(exists[None, :], tl.exp(scores - most[:, None]), 0.0)
     total = tl.sum(powers, axis=1)
-    # A row without modalities has the weights 0, not 0 / 0.
-    share = tl.where(exists[None, :], powers / total[:, None], 0.0)
+    share = powers / tl.where(total == 0.0, 1.0, total)[:, None]
     at = (row * tasks + k)[:, None] * MODALITIES + m[None, :]
     tl.store(weights + at, share, mask=k_in[:, None] & m_in[None, :])
 

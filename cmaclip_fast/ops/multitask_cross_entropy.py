@@ -1,4 +1,4 @@
-"""The classification losses of many tasks, over logits that stand side by side (paper, section on training)."""
+"""The classification losses of many tasks, over logits that stand side by side."""
 
 from __future__ import annotations
 

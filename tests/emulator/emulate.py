@@ -31,7 +31,8 @@ RUNTIME_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden")
 KERNEL_FLAGS = (
     "-std=c++20",
     "-O1",
-    "-g",
+    # addr2line of binutils 2.40 names wrong files from version 5.
+    "-gdwarf-4",
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-gnu-unique",
@@ -213,7 +214,8 @@ class Kernels:
         key = _digest([source, *headers, *device], [*arguments, str(source)])
         compiled = _compile(cache_folder() / f"{source.stem}-{key}.o", [*arguments, "-c", "-x", "c++", str(source)])
         # Linked without the sanitizers, whose runtime the emulator replaces.
-        link = ["-shared", "-nostartfiles", "-Wl,-Bsymbolic", f"-Wl,-rpath,{runtime.parent}", str(compiled), str(runtime)]
+        link = ["-shared", "-nostartfiles", "-Wl,-Bsymbolic", f"-Wl,-rpath,{runtime.parent}"]
+        link += [str(compiled), str(runtime)]
         self.path = _compile(cache_folder() / f"{source.stem}-{_digest([], link)}.so", link)
         self.library = module().Library(str(self.path))
 

@@ -124,7 +124,7 @@ def test_mma_fragments_are_cutes(kernels: Load, cute: Layouts, name: str) -> Non
 def run_ldmatrix(library: Kernels, name: str, stride: int = 8, swizzle: int = 0) -> tuple[np.ndarray, np.ndarray, int]:
     """Rows [32, 8] of 16 bits, what each lane receives [32, 2 * matrices], and the bank conflicts."""
     rows = np.arange(256, dtype=np.uint16).reshape(32, 8)
-    matrices = int(name[9])
+    matrices = int(name[10])
     out = np.zeros((32, matrices), np.uint32)
     report = library.launch(name, 1, 32, [rows, out, stride, swizzle], dynamic_shared=32 * stride * 2 + 128).check()
     assert report.instructions["ldmatrix"] == 1
@@ -137,7 +137,7 @@ def run_ldmatrix(library: Kernels, name: str, stride: int = 8, swizzle: int = 0)
 def test_ldmatrix_transposes_or_not(kernels: Load, name: str) -> None:
     rows, received, _ = run_ldmatrix(kernels("numerics"), name)
     lane = np.arange(32)
-    for matrix in range(int(name[9])):
+    for matrix in range(int(name[10])):
         elements = rows[8 * matrix : 8 * matrix + 8]
         elements = elements.T if name.endswith("trans") else elements
         for half in range(2):

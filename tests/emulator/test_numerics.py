@@ -62,7 +62,9 @@ def test_rounding_to_16_bits(kernels: Load, name: str) -> None:
     exact = to_values(generator.integers(0, 0x7B00, 5000).astype(np.uint16))
     after = to_values(to_bits(exact) + np.uint16(1))
     middle = exact + (after - exact) / 2
-    edges = np.float32([0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.996, 65520, 2**-24, 2**-25, 3 * 2**-26, 3.4e38])
+    edges = np.array(
+        [0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.996, 65520, 2**-24, 2**-25, 3 * 2**-26, 3.4e38], np.float32
+    )
     values = np.concatenate([drawn, exact, middle, np.nextafter(middle, 0), np.nextafter(middle, np.inf), edges])
     values = values.astype(np.float32)
     out = np.empty(len(values), np.uint16)
@@ -78,7 +80,7 @@ def test_arithmetic_rounds_each_result_once(kernels: Load, name: str) -> None:
     scale = 2.0 ** generator.integers(-6, 7, (3, count))
     bits = to_bits((generator.standard_normal((3, count)) * scale).astype(np.float32))
     # The product 17 * 19 is the middle between two bfloat16s; the addend decides, but is lost in a float.
-    bits[:, 0] = to_bits(np.float32([17, 19, -(2.0**-20)]))
+    bits[:, 0] = to_bits(np.array([17, 19, -(2.0**-20)], np.float32))
     out = np.empty(5 * count, np.uint16)
     run(kernels("numerics"), f"arithmetic_{name}", count, [bits[0].copy(), bits[1].copy(), bits[2].copy(), out])
     a, b, c = to_values(bits).astype(np.float64)

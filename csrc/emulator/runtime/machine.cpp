@@ -498,6 +498,8 @@ void Machine::check_cells(Cell* cells, int count, Kind kind, uint32_t site, bool
                " by " + who + " with no barrier between them",
            site, past.site);
   };
+  // Each block has its own shared memory, though all have it at one address here.
+  const auto ordered = [&](const Access& past) { return (shared && past.block != serial_) || happened_before(past); };
   for (int i = 0; i < count; ++i) {
     Cell& cell = cells[i];
     if (shared) {
@@ -511,7 +513,7 @@ void Machine::check_cells(Cell* cells, int count, Kind kind, uint32_t site, bool
       }
     }
     const bool both_atomic = kind == Kind::atomic && cell.write.atomic != 0;
-    if (!both_atomic && !happened_before(cell.write)) {
+    if (!both_atomic && !ordered(cell.write)) {
       race(cell.write, cell.write.atomic ? "atomic" : "write", kind == Kind::read ? "read" : kind == Kind::write ? "write" : "atomic");
     }
     if (kind == Kind::read) {
@@ -520,7 +522,7 @@ void Machine::check_cells(Cell* cells, int count, Kind kind, uint32_t site, bool
         if (cell.read.block >= first_serial_) cell.earlier_read = cell.read;
         cell.read = now;
         cell.readers = 0;
-      } else if (happened_before(cell.read) && cell.readers == 0) {
+      } else if (ordered(cell.read) && cell.readers == 0) {
         cell.read = now;
       } else {
         add_reader(cell, now);
@@ -528,11 +530,11 @@ void Machine::check_cells(Cell* cells, int count, Kind kind, uint32_t site, bool
       continue;
     }
     const char* what = kind == Kind::write ? "write" : "atomic";
-    if (!happened_before(cell.earlier_read)) race(cell.earlier_read, "read", what);
-    if (!happened_before(cell.read)) race(cell.read, "read", what);
+    if (!ordered(cell.earlier_read)) race(cell.earlier_read, "read", what);
+    if (!ordered(cell.read)) race(cell.read, "read", what);
     if (cell.read.block == serial_ && cell.readers != 0) {
       for (const Access& reader : readers_[cell.readers - 1]) {
-        if (!happened_before(reader)) {
+        if (!ordered(reader)) {
           race(reader, "read", what);
           break;
         }
