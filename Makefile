@@ -1,6 +1,7 @@
 # make demo     install, train on the embedded data, print the results and the path of the report
 # make test     install, then check style and types and run all tests
 # make results  train three seeds and write docs/results.md
+# make gpu      run the tests that need an NVIDIA GPU, or say that they were not run
 # make lint | clean
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: install demo results test lint clean
+.PHONY: install demo results test gpu lint clean
 
 install: $(INSTALLED)
 
@@ -23,6 +24,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	# only its headers are read, by the emulator's tests; its dependencies are not needed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0
 	touch $@
+	$(BIN)/cmaclip env
 
 demo: install
 	$(BIN)/python benchmarks/accuracy.py --seeds $(SEEDS) --runs $(RUNS)
@@ -32,6 +34,13 @@ results: install
 
 test: install lint
 	$(BIN)/python -m pytest
+
+gpu: install
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu; \
+	else \
+		echo 'not run: PyTorch finds no NVIDIA GPU'; \
+	fi
 
 lint: install
 	$(BIN)/ruff check .

@@ -66,7 +66,8 @@ class TrainingConfig(BaseModel):
             only for `tiny`.
         contrastive_epochs: passes over the training pairs with CLIP's own loss before the tasks.
         ema_decay: of the running average of the weights, which is what is evaluated and kept; 0 for none.
-        patience: epochs without a better validation score before training stops; 0 for never.
+        patience: epochs without a better validation score before training stops; 0 for never. The score counts from
+            the first epoch with pictures of full size.
         mixed_precision: of the devices that can.
         accumulate: batches whose gradients are added up before a step.
         workers: processes that load data.
@@ -99,13 +100,12 @@ class TrainingConfig(BaseModel):
 
 
 TINY_TRAINING = TrainingConfig(
-    epochs=30,
+    epochs=25,
     batch_size=64,
     learning_rate=2e-3,
     tower_learning_rate=2e-3,
     clip_norm=2.0,
     label_smoothing=0.1,
-    mismatch=0.1,
     augmentation=Augmentation(
         scale=(0.6, 1.6),
         ratio=(0.75, 1.33),
@@ -284,7 +284,8 @@ def fit(
             if not contrastive:
                 record |= validate(kept, validation, config, accelerator.device, target_precision)
                 score = record["score"]
-                if score > progress_state.best_score:
+                # weights that have only seen small pictures are not yet what they are for
+                if training.side is None and score > progress_state.best_score:
                     progress_state.best_score, progress_state.best_epoch = score, progress_state.epoch
                     best = {name: tensor.clone() for name, tensor in kept.state_dict().items()}
             progress_state.seconds += time.perf_counter() - started
