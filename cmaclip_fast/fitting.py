@@ -62,8 +62,8 @@ class TrainingConfig(BaseModel):
             to hold the text against the picture instead of learning the training texts by heart.
         augmentation: random changes of pictures and texts in training; None for none.
         auxiliary_weight: of the loss of the model's auxiliary heads.
-        small_epochs: share of the epochs, the first ones, that see pictures of two thirds the side, at half the cost;
-            only for `tiny`.
+        small_epochs: share of the epochs, the first ones and never all, that see pictures of two thirds the side, at
+            half the cost; only for `tiny`.
         contrastive_epochs: passes over the training pairs with CLIP's own loss before the tasks.
         ema_decay: of the running average of the weights, which is what is evaluated and kept; 0 for none.
         patience: epochs without a better validation score before training stops; 0 for never. The score counts from
@@ -89,7 +89,7 @@ class TrainingConfig(BaseModel):
     mismatch: float = Field(0.0, ge=0, lt=1)
     augmentation: Augmentation | None = Field(default_factory=Augmentation)
     auxiliary_weight: float = Field(0.5, ge=0)
-    small_epochs: float = Field(0.0, ge=0, le=1)
+    small_epochs: float = Field(0.0, ge=0, lt=1)
     contrastive_epochs: int = Field(0, ge=0)
     ema_decay: float = Field(0.0, ge=0, lt=1)
     patience: int = Field(0, ge=0)
@@ -348,7 +348,8 @@ def parameter_groups(model: CMACLIP, config: TrainingConfig) -> list[dict[str, A
 
 def _side(model: CMACLIP, config: TrainingConfig, epoch: int) -> int | None:
     """Pixels a side of this epoch's training pictures; None is the model's own."""
-    if epoch >= config.small_epochs * (config.contrastive_epochs + config.epochs):
+    epochs = config.contrastive_epochs + config.epochs
+    if epoch >= min(int(config.small_epochs * epochs), epochs - 1):
         return None
     return max(1, round(model.preprocessing.size / STRIDE * 2 / 3)) * STRIDE
 

@@ -62,6 +62,7 @@ def test_rate_rises_then_falls_and_starts_anew_after_the_warm_start() -> None:
 def test_small_pictures_come_first(model: CMACLIP) -> None:
     config = TrainingConfig(epochs=4, small_epochs=0.5)
     assert [_side(model, config, epoch) for epoch in range(4)] == [16, 16, None, None]
+    assert _side(model, TrainingConfig(epochs=1, small_epochs=0.9), 0) is None
 
 
 def test_modality_dropout_hides_one_side_of_complete_pairs_only(model: CMACLIP) -> None:
