@@ -27,10 +27,10 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(BIN)/cmaclip env
 
 demo: install
-	$(BIN)/python benchmarks/accuracy.py --seeds $(SEEDS) --runs $(RUNS)
+	$(BIN)/python benchmarks/accuracy.py $(SEEDS:%=--seeds %) --runs $(RUNS)
 
 results: install
-	$(BIN)/python benchmarks/accuracy.py --seeds 0 1 2 --runs $(RUNS) --write docs/results.md
+	$(BIN)/python benchmarks/accuracy.py --seeds 0 --seeds 1 --seeds 2 --runs $(RUNS) --write docs/results.md
 
 test: install lint
 	$(BIN)/python -m pytest

@@ -1,6 +1,6 @@
 """Trains `tiny` on the embedded data for some seeds, explains a few test rows, and prints what it reached.
 
-    python benchmarks/accuracy.py --seeds 0 1 2 --runs runs --write docs/results.md
+    python benchmarks/accuracy.py --seeds 0 --seeds 1 --runs runs --write docs/results.md
 
 A seed whose folder is there already is not trained again; a run that was interrupted goes on.
 """

@@ -18,12 +18,13 @@ import open_clip
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import cmaclip_fast
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.tokenizer import tokenizer_from_dict
 from cmaclip_fast.errors import InputError
+from cmaclip_fast.files import write_json, write_tensors
 from cmaclip_fast.model import CMACLIP, ModelConfig, build_model
 
 FORMAT = 1
@@ -36,6 +37,8 @@ class DataColumns(BaseModel):
     image: str | None
     text: str | None
     tasks: list[str]
+    split: str | None = None
+    image_dir: str | None = None
 
 
 class ArtifactConfig(BaseModel):
@@ -78,7 +81,7 @@ def save_model(directory: Path, model: CMACLIP, columns: DataColumns, source: st
         versions=versions(),
     )
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, directory / WEIGHTS)
+    write_tensors(directory / WEIGHTS, state)
     write_json(directory / CONFIG, config.model_dump(mode="json"))
 
 
@@ -123,13 +126,6 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu") -> CMA
     return model.to(device).eval()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 @contextlib.contextmanager
 def whole_directory(target: Path, worth_keeping: str) -> Iterator[Path]:
     """A working folder beside `target`, `NAME.partial`, that takes its name only when the block ends without an error.
@@ -144,9 +140,13 @@ def whole_directory(target: Path, worth_keeping: str) -> Iterator[Path]:
         if not (partial / worth_keeping).exists():
             shutil.rmtree(partial)
         raise
-    if target.exists():
-        shutil.rmtree(target)
+    if not target.exists():
+        os.replace(partial, target)
+        return
+    old = target.with_name(target.name + ".old")
+    os.replace(target, old)
     os.replace(partial, target)
+    shutil.rmtree(old)
 
 
 def partial_directory(target: Path) -> Path:

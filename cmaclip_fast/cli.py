@@ -33,8 +33,8 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(data_app, name="data")
 
-out = Console()
-err = Console(stderr=True)
+out = Console(markup=False)
+err = Console(markup=False, stderr=True)
 
 
 class BadRows(str, Enum):
@@ -204,16 +204,18 @@ def evaluate(
 
     Example: `cmaclip evaluate runs/clipart --split test --noise text-drop:0.5 --json metrics.json`
     """
-    from cmaclip_fast.artifact import write_json
     from cmaclip_fast.data.noise import add_noise, parse_noise
     from cmaclip_fast.evaluation import VIEWS, classify
+    from cmaclip_fast.files import write_json
 
+    if json_file is not None:
+        _check_output_file(json_file, overwrite=True)
     model, config = _load(directory, device)
     source = Source(data, image, text, task, None, image_dir, split, split_column, on_bad_rows, max_image_pixels)
     table, counts = source.rows(config)
     for spec in noise or []:
         table = add_noise(table, parse_noise(spec))
-    examples = _examples(model, table, "ignore" if ignore_unknown else "error")
+    examples = _examples(model, table, "ignore" if ignore_unknown else "error", task)
     counts |= {f"unknown class of {name}": number for name, number in examples.ignored.items() if number}
     if examples.truncated:
         counts["truncated text"] = examples.truncated
@@ -242,6 +244,7 @@ def predict(
     key: KeyOption = None,
     split: Annotated[str, typer.Option(help="Which rows; `all` for every row.")] = "all",
     image_dir: ImageDirOption = None,
+    split_column: SplitColumnOption = None,
     on_bad_rows: BadRowsOption = BadRows.error,
     max_image_pixels: PixelsOption = MAX_PIXELS,
     batch_size: BatchOption = 64,
@@ -254,10 +257,9 @@ def predict(
     """
     from cmaclip_fast.prediction import predict_table
 
-    if output.exists() and not overwrite:
-        raise InputError(f"{output}: exists already: name another --output, or pass --overwrite to replace it")
+    _check_output_file(output, overwrite)
     model, config = _load(directory, device)
-    source = Source(data, image, text, [], key, image_dir, split, None, on_bad_rows, max_image_pixels)
+    source = Source(data, image, text, [], key, image_dir, split, split_column, on_bad_rows, max_image_pixels)
     table, counts = source.rows(config)
     examples = _examples(model, table, "ignore")
     if examples.truncated:
@@ -290,18 +292,19 @@ def explain(
 
     Example: `cmaclip explain runs/clipart --row 1 --row 7 --output rows.html`
     """
+    from cmaclip_fast.data.check import check_rows
     from cmaclip_fast.explanation import explain as explain_rows
     from cmaclip_fast.report import render_explanation
 
-    if output.exists() and not overwrite:
-        raise InputError(f"{output}: exists already: name another --output, or pass --overwrite to replace it")
+    _check_output_file(output, overwrite)
     model, config = _load(directory, device)
     source = Source(data, image, text, task, key, image_dir, split, split_column, BadRows.error, max_image_pixels)
-    table, _ = source.rows(config)
+    table = source.unchecked(config)
     for number in row:
         if number > len(table):
             raise InputError(f"{table.name}: row {number} is past the last of {len(table)}: choose --row up to that")
-    views = explain_rows(model, table.select([number - 1 for number in row]), _device(device))
+    chosen, _ = check_rows(table.select([number - 1 for number in row]))
+    views = explain_rows(model, chosen)
     for view, number in zip(views, row, strict=True):
         view.row = number
     summary = {"model": str(directory), "data": f"{table.name}, split {split}"}
@@ -385,12 +388,25 @@ def _read(
     max_image_pixels: int,
     split_column: str | None = None,
     split: str | None = None,
+    any_columns: bool = False,
 ) -> Table:
     from cmaclip_fast.data.named import Columns
     from cmaclip_fast.data.table import read_table
 
     columns = Columns(image=image, text=text, tasks=tuple(tasks or ()), keys=tuple(keys or ()), split=split_column)
-    return read_table(data, columns, image_dir=image_dir, split=split, max_image_pixels=max_image_pixels)
+    return read_table(
+        data, columns, image_dir=image_dir, split=split, max_image_pixels=max_image_pixels, any_columns=any_columns
+    )
+
+
+def _check_output_file(path: Path, overwrite: bool) -> None:
+    """Before work is begun: whether the file can be written at its end."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder: name a file")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such folder: make it, or name another file")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: exists already: name another file, or pass --overwrite to replace it")
 
 
 def _options(pairs: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -400,9 +416,10 @@ def _options(pairs: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
     model: dict[str, Any] = {}
     training: dict[str, Any] = {}
+    own = {"name", "seed", "workers", "mixed_precision", "sequence_attention", "modality_attention", "vectors"}
+    known = {*ModelConfig.model_fields, *TrainingConfig.model_fields} - own
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        known = [*ModelConfig.model_fields, *TrainingConfig.model_fields]
         if not equals or name not in known:
             raise InputError(f"--option '{pair}': give NAME=VALUE with NAME one of {', '.join(sorted(known))}")
         try:
@@ -418,8 +435,13 @@ def _device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: PyTorch sees no GPU: run `cmaclip env`, or pass --device cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: unknown: pass auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        seen = torch.cuda.device_count()
+        raise InputError(f"--device {name}: PyTorch sees {seen} GPUs: run `cmaclip env`, or pass --device cpu")
     return name
 
 
@@ -445,35 +467,58 @@ class Source:
     max_image_pixels: int
 
     def rows(self, config: ArtifactConfig) -> tuple[Table, dict[str, int]]:
-        """The checked rows, and how many were bad in what way; what is not named is as in training.
-
-        Training data without a split column were split at random: the same split is made again.
-        """
+        """The checked rows, and how many were bad in what way; what is not named is as in training."""
         from cmaclip_fast.data.check import check_rows
-        from cmaclip_fast.data.split import split_table
 
-        image, text = self.image, self.text
-        if image is None and text is None:
-            image, text = config.columns.image, config.columns.text
-        tasks = config.columns.tasks if self.tasks is None else self.tasks
-        named = (self.data or config.source, image, text, tasks, self.keys, self.image_dir, self.max_image_pixels)
-        table = _read(*named, self.split_column)
-        if self.split != "all" and table.columns.split is not None:
-            table = _read(*named, self.split_column, self.split)
-        table, counts = check_rows(table, self.on_bad_rows.value)
-        again = self.data is None or self.data == config.source
-        if self.split != "all" and table.columns.split is None and again:
-            parts = split_table(table, seed=config.training["seed"])
-            if self.split not in parts:
-                raise InputError(f"--split {self.split}: choose all, {', '.join(parts)}")
-            table = parts[self.split]
-        return table, counts
+        table = self.unchecked(config)
+        checked, counts = check_rows(table, self.on_bad_rows.value)
+        return checked, counts
+
+    def unchecked(self, config: ArtifactConfig) -> Table:
+        """The rows of the split, pictures not yet read. Training data are split as they were for training."""
+        from cmaclip_fast.data.split import NAMES, split_table
+        from cmaclip_fast.training import source_name
+
+        known = config.columns
+        again = self.data is None or source_name(self.data) == config.source
+        source = self.data or config.source
+        image_dir = self.image_dir or (Path(known.image_dir) if again and known.image_dir else None)
+        split_column = self.split_column or (known.split if again else None)
+        columns = _read(source, None, None, None, None, image_dir, self.max_image_pixels, any_columns=True).column_names
+        image, text = (
+            given or (name if name in columns else None)
+            for given, name in ((self.image, known.image), (self.text, known.text))
+        )
+        for name, used in ((known.image, image), (known.text, text)):
+            if name is not None and used is None:
+                err.print(f"{source}: no column '{name}', which the model was trained with: taken for absent")
+        tasks = known.tasks if again else [task for task in self.tasks or known.tasks if self.tasks or task in columns]
+        named = (source, image, text, tasks, self.keys, image_dir, self.max_image_pixels, split_column)
+        table = _read(*named)
+        if self.split == "all":
+            return table
+        if again and self.split in NAMES:
+            part = split_table(table, split_column=split_column, seed=config.training["seed"])[self.split]
+            if len(part) == 0:
+                raise InputError(f"{source}: no row of split '{self.split}': name another --split, or all")
+            return part
+        if table.columns.split is None:
+            err.print(f"{source}: no split column: all {len(table)} rows are used")
+            return table
+        return _read(*named, self.split)
 
 
-def _examples(model: CMACLIP, table: Table, unknown: Literal["error", "ignore"]) -> Examples:
+def _examples(
+    model: CMACLIP, table: Table, unknown: Literal["error", "ignore"], tasks: list[str] | None = None
+) -> Examples:
     from cmaclip_fast.data.examples import Examples
+    from cmaclip_fast.data.files import near
 
-    classes = {task: names for task, names in model.tasks.items() if task in table.columns.tasks}
+    for task in tasks or []:
+        if task not in model.tasks:
+            raise InputError(f"--task {task}: the model has no such task{near(task, list(model.tasks))}")
+    wanted = tasks or table.columns.tasks
+    classes = {task: names for task, names in model.tasks.items() if task in wanted and task in table.columns.tasks}
     return Examples(table, classes, model.preprocessing, model.tokenizer, unknown=unknown)
 
 
@@ -486,9 +531,9 @@ def main() -> None:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             _fail(f"{error.filename or 'output'}: no space left on the device: free some, then go on with --resume")
-        if error.errno in (errno.EACCES, errno.EROFS):
-            _fail(f"{error.filename}: not allowed: choose another --output, or change its permissions")
-        raise
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}: choose another path, or change its permissions")
 
 
 def _fail(message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -17,13 +16,14 @@ from cmaclip_fast.report import Prediction as PredictionView
 from cmaclip_fast.types import AttentionMaps, Batch
 
 
-def explain(model: CMACLIP, table: Table, device: torch.device | str = "cpu") -> list[ExampleView]:
+def explain(model: CMACLIP, table: Table) -> list[ExampleView]:
     """Predictions, modality weights and attention maps of the rows of a table.
 
     The maps are the last sequence-wise layer's, averaged over heads; a model without sequence-wise attention, or
     whose image tokens are no grid of patches, has none.
     """
     examples = Examples(table, _known_tasks(model, table), model.preprocessing, model.tokenizer, unknown="ignore")
+    device = next(model.parameters()).device
     views: list[ExampleView] = []
     for batch, output in run(model, examples, 32, device, with_attention=True):
         for index, predictions in enumerate(read_output(output, model.tasks)):

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -28,7 +28,6 @@ from rich.progress import (
 )
 from rich.text import Text
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -36,6 +35,7 @@ from cmaclip_fast.data.augment import Augmentation
 from cmaclip_fast.data.examples import Examples, make_loader
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import classify
+from cmaclip_fast.files import write_tensors
 from cmaclip_fast.losses import contrastive_loss, multitask_loss
 from cmaclip_fast.metrics import task_metrics
 from cmaclip_fast.model import CMACLIP
@@ -98,6 +98,12 @@ class TrainingConfig(BaseModel):
     workers: int = Field(0, ge=0)
     seed: int = Field(0, ge=0)
 
+    @model_validator(mode="after")
+    def _one_side_is_left(self) -> TrainingConfig:
+        if self.text_dropout + self.image_dropout > 1:
+            raise ValueError("text_dropout and image_dropout together are over 1, which leaves rows with neither")
+        return self
+
 
 TINY_TRAINING = TrainingConfig(
     epochs=25,
@@ -136,6 +142,9 @@ class Objective(nn.Module):
         if contrastive:
             image, text = self.model.contrastive_features(batch)
             complete = batch.present.all(1)
+            if complete.sum() < 2:
+                loss = 0 * (image.sum() + text.sum())  # one pair has nothing to be told from
+                return loss, loss.detach()
             loss = contrastive_loss(image[complete], text[complete], self.model.logit_scale)
             return loss, loss.detach()
         mixed, text_rows = self._mismatch(batch)
@@ -269,8 +278,8 @@ def fit(
             train_seconds = time.perf_counter() - started
             if not math.isfinite(train_loss):
                 raise InputError(
-                    f"training diverged in epoch {epoch + 1} (loss {train_loss}): lower the learning rates, "
-                    "then go on with --resume"
+                    f"training diverged in epoch {epoch + 1} (loss {train_loss}): lower the learning rates "
+                    "and start anew with --overwrite"
                 )
             record = {
                 "epoch": epoch + 1,
@@ -421,9 +430,7 @@ def save_checkpoint(
     for index, entry in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()}
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"progression": json.dumps(asdict(progression))})
-    temporary.replace(path)
+    write_tensors(path, tensors, {"progression": json.dumps(asdict(progression))})
 
 
 def load_checkpoint(

@@ -12,7 +12,7 @@ import open_clip
 import torch
 from open_clip.coca_model import CoCa
 from open_clip.model import CustomTextCLIP
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from cmaclip_fast.data.preprocess import ImagePreprocessing
@@ -55,7 +55,7 @@ class ModelConfig(BaseModel):
 
     name: str = "ViT-B-32"
     image_size: int | None = Field(None, gt=0)
-    context_length: int | None = Field(None, gt=1)
+    context_length: int | None = Field(None, gt=2)
     width: int = Field(512, gt=0)
     depth: int = Field(4, ge=1)
     heads: int = Field(8, gt=0)
@@ -67,6 +67,12 @@ class ModelConfig(BaseModel):
     modality_attention: bool = True
     vectors: Literal["task", "task-and-modality"] = "task"
     auxiliary_heads: bool = False
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
 
 
 TINY = ModelConfig(
@@ -272,12 +278,20 @@ def create_model(
     Raises:
         InputError: an unknown name, tag, or option; a checkpoint that does not fit the model.
     """
+    return build_model(model_config(name, options), tasks, pretrained, tokenizer)
+
+
+def model_config(name: str, options: Mapping[str, Any]) -> ModelConfig:
+    """The named model's defaults, changed by `options`.
+
+    Raises:
+        InputError: an unknown option, or a value that does not fit.
+    """
+    base = TINY if name == "tiny" else ModelConfig(name=name)
     try:
-        config = (TINY if name == "tiny" else ModelConfig(name=name)).model_copy()
-        config = ModelConfig.model_validate({**config.model_dump(), **options})
+        return ModelConfig.model_validate({**base.model_dump(), **options})
     except ValueError as error:
         raise InputError(f"model options: {' '.join(str(error).split())}") from None
-    return build_model(config, tasks, pretrained, tokenizer)
 
 
 def build_model(
@@ -301,7 +315,10 @@ def build_model(
         preprocessing = ImagePreprocessing(size=size, mean=(1.0,) * 3, std=(0.5,) * 3, resize_mode="squash")
     else:
         clip = _open_clip_model(config, pretrained)
-        preprocessing = ImagePreprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(clip))
+        try:
+            preprocessing = ImagePreprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(clip))
+        except ValueError as error:
+            raise InputError(f"'{config.name}': {' '.join(str(error).split())}: choose another model") from None
         tokenizer = tokenizer or OpenClipTokenizer(config.name, context_length=config.context_length)
     return CMACLIP(config, tasks, clip, preprocessing, tokenizer)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from cmaclip_fast.data.examples import Examples
-from cmaclip_fast.data.images import MAX_IMAGE_PIXELS, ImageProblem, read_image
+from cmaclip_fast.data.images import MAX_IMAGE_PIXELS, ImageProblem, read_image, to_rgb
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import run
 from cmaclip_fast.model import CMACLIP
@@ -74,11 +74,13 @@ def predict_pairs(
     model.eval()
     device = next(model.parameters()).device
     predictions: list[dict[str, Prediction]] = []
-    for start in range(0, len(images), batch_size):
-        pairs = zip(images[start : start + batch_size], texts[start : start + batch_size], strict=True)
-        batch = _pairs_batch(model, list(pairs), start)
-        predictions += read_output(model(batch.to(device)), model.tasks)
-    model.train(was_training)
+    try:
+        for start in range(0, len(images), batch_size):
+            pairs = zip(images[start : start + batch_size], texts[start : start + batch_size], strict=True)
+            batch = _pairs_batch(model, list(pairs), start)
+            predictions += read_output(model(batch.to(device)), model.tasks)
+    finally:
+        model.train(was_training)
     return predictions
 
 
@@ -91,11 +93,7 @@ def _pairs_batch(model: CMACLIP, pairs: list[tuple[Any, str | None]], first: int
         if image is None and text is None:
             raise InputError(f"pair {number}: neither image nor text: give at least one")
         try:
-            picture = (
-                read_image(Path(image), MAX_IMAGE_PIXELS, model.preprocessing.background)
-                if isinstance(image, str | Path)
-                else image
-            )
+            picture = _open_picture(image, model.preprocessing.background)
         except ImageProblem as problem:
             raise InputError(f"pair {number}: picture '{image}' {problem}") from problem
         blank = Image.new("RGB", (8, 8), "white")
@@ -104,6 +102,12 @@ def _pairs_batch(model: CMACLIP, pairs: list[tuple[Any, str | None]], first: int
         texts.append(text)
     tokens, lengths, _ = model.tokenizer.encode(texts)
     return Batch(torch.stack(pixels), tokens, lengths, torch.tensor(present))
+
+
+def _open_picture(image: Image.Image | str | Path | None, background: str) -> Image.Image | None:
+    if isinstance(image, str | Path):
+        return read_image(Path(image), MAX_IMAGE_PIXELS, background)
+    return None if image is None else to_rgb(image, background)
 
 
 def output_schema(keys: pa.Schema, tasks: dict[str, list[str]]) -> pa.Schema:

@@ -7,6 +7,8 @@ import logging
 import platform
 import shutil
 import time
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,20 +26,21 @@ from cmaclip_fast.artifact import (
     partial_directory,
     save_model,
     whole_directory,
-    write_json,
 )
 from cmaclip_fast.data.check import RowPolicy, check_rows
 from cmaclip_fast.data.classes import class_names
 from cmaclip_fast.data.examples import Examples
+from cmaclip_fast.data.named import NAMED
 from cmaclip_fast.data.split import split_table
 from cmaclip_fast.data.table import Table
 from cmaclip_fast.data.tokenizer import Tokenizer, TrainedTokenizer
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import VIEWS, Classified, classify
 from cmaclip_fast.explanation import explain
+from cmaclip_fast.files import write_json
 from cmaclip_fast.fitting import TINY_TRAINING, Progression, TrainingConfig, fit
 from cmaclip_fast.metrics import TaskMetrics, micro_curve
-from cmaclip_fast.model import CMACLIP, create_model
+from cmaclip_fast.model import CMACLIP, ModelConfig, build_model, model_config
 from cmaclip_fast.report import ReportView, TaskView, render_report
 
 log = logging.getLogger("cmaclip_fast")
@@ -112,6 +115,9 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
     """
     console = console or Console(stderr=True)
     config = run.config()
+    model_options = model_config(run.model, run.model_options)
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("mixed precision fp16 needs a GPU: use no or bf16")
     if not run.table.columns.tasks:
         raise InputError(f"{run.table.name}: name at least one column of labels with --task")
     finished = _check_output(run)
@@ -121,10 +127,12 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
     with whole_directory(run.output, CHECKPOINT) as work, _log_file(work / LOG, console):
         started = time.perf_counter()
         tables, counts = _prepare(run, config)
+        if config.contrastive_epochs and (run.table.columns.image is None or run.table.columns.text is None):
+            raise InputError("contrastive epochs need pictures and texts: name both columns, or leave the epochs out")
         classes = class_names(tables["train"], run.table.columns.tasks)
         torch.manual_seed(config.seed)
-        model = create_model(run.model, classes, run.pretrained, _tokenizer(run, tables["train"]), **run.model_options)
-        _same_run(work / RUN, run, config, model)
+        model = build_model(model_options, classes, run.pretrained, _tokenizer(model_options, tables["train"]))
+        _same_run(work / RUN, run, config, model, tables)
         examples = {
             split: Examples(
                 table,
@@ -133,6 +141,7 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
                 model.tokenizer,
                 augmentation=config.augmentation if split == "train" else None,
                 seed=config.seed,
+                unknown="error" if split == "train" else "ignore",
             )
             for split, table in tables.items()
         }
@@ -145,6 +154,9 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         for split, part in examples.items():
             if part.truncated:
                 counts[f"truncated_text ({split})"] = part.truncated
+            for task, ignored in part.ignored.items():
+                if ignored:
+                    counts[f"class of {task} without training rows ({split})"] = ignored
         if counts:
             log.info("rows: %s", ", ".join(f"{kind} {number}" for kind, number in counts.items()))
         log.info("best epoch %d of %d, %.0f s", progression.best_epoch, progression.epoch, progression.seconds)
@@ -155,8 +167,10 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
             image=run.table.columns.image,
             text=run.table.columns.text,
             tasks=list(run.table.columns.tasks),
+            split=run.split_column or run.table.columns.split,
+            image_dir=None if run.table.image_dir is None else str(run.table.image_dir.resolve()),
         )
-        save_model(work, model, columns, run.table.name, config.model_dump(mode="json"))
+        save_model(work, model, columns, source_name(run.table.name), config.model_dump(mode="json"))
         seconds = time.perf_counter() - started
         render_report(
             _report(run, model, examples["test"], answers, metrics, progression, parameters, seconds, config),
@@ -178,6 +192,8 @@ def _check_output(run: TrainingRun) -> Result | None:
         if not run.overwrite:
             raise InputError(f"{run.output}: exists already: name another --output, or pass --overwrite to replace it")
     partial = partial_directory(run.output)
+    if partial.exists() and not any((partial / name).exists() for name in (LOG, RUN, CHECKPOINT)):
+        raise InputError(f"{partial}: is no unfinished run of ours: move it away, or name another --output")
     if run.resume and not (partial / CHECKPOINT).is_file():
         raise InputError(f"{partial}: no unfinished run to resume: leave out --resume")
     if not run.resume and partial.exists():
@@ -191,28 +207,34 @@ def _check_output(run: TrainingRun) -> Result | None:
 
 def _prepare(run: TrainingRun, config: TrainingConfig) -> tuple[dict[str, Table], dict[str, int]]:
     """The checked rows, split; and how many rows were bad in what way."""
-    checked, counts = check_rows(run.table, run.on_bad_rows)
-    tables = split_table(checked, split_column=run.split_column, seed=config.seed)
-    for split, table in tables.items():
+    counts: Counter[str] = Counter()
+    tables = {}
+    # split before rows are dropped, so that the same split can be made again whatever is done with bad rows
+    for split, part in split_table(run.table, split_column=run.split_column, seed=config.seed).items():
+        table, bad = check_rows(part, run.on_bad_rows) if len(part) else (part, {})
+        counts.update(bad)
+        tables[split] = table
         if len(table) == 0:
             raise InputError(f"{run.table.name}: no rows for split '{split}': add rows, or name another split column")
-    return tables, counts
+    return tables, dict(counts)
 
 
-def _tokenizer(run: TrainingRun, table: Table) -> Tokenizer | None:
+def _tokenizer(config: ModelConfig, table: Table) -> Tokenizer | None:
     """For `tiny` a small vocabulary from the training texts; None leaves the named model its own."""
     texts = [text for text in table.texts() if text is not None]
-    if run.model != "tiny" or not texts:
+    if config.name != "tiny" or not texts:
         return None
-    context = run.model_options.get("context_length", 32)
-    return TrainedTokenizer.train(texts, vocab_size=8192, context_length=context, min_frequency=1)
+    return TrainedTokenizer.train(texts, vocab_size=8192, context_length=config.context_length or 32, min_frequency=1)
 
 
-def _same_run(path: Path, run: TrainingRun, config: TrainingConfig, model: CMACLIP) -> None:
+def _same_run(path: Path, run: TrainingRun, config: TrainingConfig, model: CMACLIP, tables: dict[str, Table]) -> None:
     """Notes what is being trained; on resuming, refuses to go on with anything else."""
     now = {
         "data": run.table.name,
-        "rows": len(run.table),
+        "rows": {split: _fingerprint(table) for split, table in tables.items()},
+        "columns": [run.table.columns.image, run.table.columns.text],
+        "pretrained": run.pretrained,
+        "target_precision": run.target_precision,
         "model": model.config.model_dump(mode="json"),
         "training": config.model_dump(mode="json"),
         "tasks": model.tasks,
@@ -226,6 +248,16 @@ def _same_run(path: Path, run: TrainingRun, config: TrainingConfig, model: CMACL
                 "resume with the same ones, or pass --overwrite to start anew"
             )
     write_json(path, now)
+
+
+def _fingerprint(table: Table) -> int:
+    """A number that changes with the rows' texts and labels."""
+    return zlib.crc32(repr([table.texts(), *(table.labels(task) for task in table.columns.tasks)]).encode())
+
+
+def source_name(name: str) -> str:
+    """A named data set as it is, a file or folder as an absolute path, so that it is the same from anywhere."""
+    return name if name in NAMED else str(Path(name).expanduser().absolute())
 
 
 def _measure(

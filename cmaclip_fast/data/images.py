@@ -31,7 +31,7 @@ def read_image(source: bytes | Path, max_pixels: int = MAX_IMAGE_PIXELS, backgro
         ImageProblem: the picture is missing, unreadable, truncated, or has more than `max_pixels` pixels.
     """
     with _opened(source, max_pixels) as image:
-        return _to_rgb(ImageOps.exif_transpose(image), background)
+        return to_rgb(image, background)
 
 
 def verify_image(source: bytes | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
@@ -73,7 +73,9 @@ def _open_unbounded(source: bytes | Path) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = kept
 
 
-def _to_rgb(image: Image.Image, background: str) -> Image.Image:
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """An opened picture as RGB, upright by its EXIF tag, its transparent parts on `background`."""
+    image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         drawing = image.convert("RGBA")
         canvas = Image.new("RGBA", drawing.size, background)

@@ -60,6 +60,11 @@ class Table:
         return self._source.name
 
     @property
+    def image_dir(self) -> Path | None:
+        """The folder that paths of pictures start from, where it is not the table's."""
+        return self._source.image_dir
+
+    @property
     def columns(self) -> Columns:
         return self._source.columns
 
@@ -191,6 +196,7 @@ def read_table(
     image_dir: str | os.PathLike[str] | None = None,
     split: str | None = None,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    any_columns: bool = False,
 ) -> Table:
     """Reads a named data set, a CSV, TSV, JSONL or Parquet file, a glob of them, or a folder of pictures.
 
@@ -202,6 +208,7 @@ def read_table(
         image_dir: the folder that paths of pictures start from; by default the folder of the table.
         split: keep only the rows of this split.
         max_image_pixels: pictures of more pixels than this are refused, by their header.
+        any_columns: allow neither image nor text, to look at what columns there are.
 
     Raises:
         InputError: the source is missing, empty, malformed or of another format, or lacks a column.
@@ -219,7 +226,7 @@ def read_table(
         _Source(dataset, filled, name, tuple(files), first_rows, directory, max_image_pixels, {}),
         np.arange(len(dataset)),
     )
-    _check_columns(table, dataset)
+    _check_columns(table, dataset, any_columns)
     return table if split is None else _keep_split(table, split)
 
 
@@ -253,9 +260,9 @@ def _fill(given: Columns, own: Columns, dataset: datasets.Dataset) -> Columns:
     return replace(given, tasks=given.tasks or own.tasks, keys=given.keys or own.keys, split=split)
 
 
-def _check_columns(table: Table, dataset: datasets.Dataset) -> None:
+def _check_columns(table: Table, dataset: datasets.Dataset, any_columns: bool) -> None:
     columns, names = table.columns, table.column_names
-    if columns.image is None and columns.text is None:
+    if columns.image is None and columns.text is None and not any_columns:
         raise InputError(f"{table.name}: name the column of pictures, of text, or both; columns: {', '.join(names)}")
     roles = [(columns.image, "image"), (columns.text, "text"), (columns.split, "split")]
     roles += [(task, "task") for task in columns.tasks] + [(key, "key") for key in columns.keys]
