@@ -21,7 +21,8 @@ _PACKAGES = ("cmaclip_fast", "torch", "torchvision", "triton", "open_clip_torch"
 def as_dict() -> dict[str, Any]:
     """Everything that `cmaclip env` says, ready for JSON.
 
-    `backends` maps each backend to None where it is usable on this machine, else to the reason why it is not.
+    `backends` maps each backend to None where it is usable on this machine, else to the reason why it is not;
+    `operators` to the operators that it has here.
     """
     return {
         "python": platform.python_version(),
@@ -33,6 +34,7 @@ def as_dict() -> dict[str, Any]:
         "cuda_toolkit": cuda_toolkit(),
         "extension": extension(),
         "backends": backends(),
+        "operators": operators(),
     }
 
 
@@ -52,7 +54,10 @@ def as_text() -> str:
         ("C++ compiler", report["compiler"] or "none found"),
         ("CUDA toolkit", report["cuda_toolkit"] or "none found"),
         ("extension", _extension_line(extension_)),
-        *(("backend " + name, reason or "usable") for name, reason in report["backends"].items()),
+        *(
+            ("backend " + name, reason or f"usable for {', '.join(report['operators'][name])}")
+            for name, reason in report["backends"].items()
+        ),
     ]
     return "\n".join(f"{label:<20} {value or 'none'}" for label, value in lines)
 
@@ -62,14 +67,23 @@ def backends() -> dict[str, str | None]:
 
     `cpp` is asked about tensors on the CPU, `triton` and `cuda` about tensors on a GPU.
     """
-    reasons = {}
-    for name in dispatch.BACKENDS:
-        device = "cpu" if name in ("reference", "cpp") else "cuda"
-        reason = dispatch.why_not("modality_pool", name, device, torch.float32)
-        if reason is None and name == "triton" and not torch.cuda.is_available():
-            reason = dispatch.why_not("modality_pool", name, "cpu", torch.float32)
-        reasons[name] = reason
-    return reasons
+    return {name: _why_not("modality_pool", name) for name in dispatch.BACKENDS}
+
+
+def operators() -> dict[str, list[str]]:
+    """For each backend the operators that it can run on this machine."""
+    return {
+        name: [operator for operator in dispatch.OPERATORS if _why_not(operator, name) is None]
+        for name in dispatch.BACKENDS
+    }
+
+
+def _why_not(operator: str, backend: str) -> str | None:
+    device = "cpu" if backend in ("reference", "cpp") else "cuda"
+    reason = dispatch.why_not(operator, backend, device, torch.float32)
+    if reason is None and backend == "triton" and not torch.cuda.is_available():
+        return dispatch.why_not(operator, backend, "cpu", torch.float32)
+    return reason
 
 
 def processor() -> dict[str, Any]:
