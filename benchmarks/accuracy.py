@@ -139,6 +139,18 @@ def markdown(records: list[dict[str, Any]], seeds: list[int], runs: Path) -> str
     for seed, one in zip(seeds, records, strict=True):
         scores = " | ".join(f"{one['test']['both'][task]['accuracy']:.3f}" for task in TARGETS)
         lines.append(f"| {seed} | {scores} | {one['best_epoch']} | {one['seconds'] / 60:.1f} |")
+    beaten = [
+        f"- `{task}`: {mean(records, 'both', task, 'accuracy'):.4f} with both, "
+        f"{mean(records, view, task, 'accuracy'):.4f} with {view}"
+        for task in TARGETS
+        for view in ("text alone", "image alone")
+        if mean(records, "both", task, "accuracy") <= mean(records, view, task, "accuracy")
+    ]
+    if beaten:
+        lines += ["", "Not reached, both modalities above each alone:", "", *beaten]
+    slow = [f"seed {seed}" for seed, one in zip(seeds, records, strict=True) if one["seconds"] > 600]
+    if slow:
+        lines += ["", f"Not reached, at most 10 minutes of training: {', '.join(slow)}."]
     return "\n".join(lines) + "\n"
 
 
