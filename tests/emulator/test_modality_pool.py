@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from cmaclip_fast.ops import reference
 
+from .arrays import DTYPES, Load, assert_close, ceil_div, name_of, nan_like, to_numpy, to_tensor
 from .emulate import Kernels, Report
 
-Load = Callable[[str], Kernels]
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# In units of the dtype's epsilon, times the largest true value: what the order of a sum may cost.
-FLOOR = {torch.float32: 8.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 THREADS, TASKS_PER_BLOCK, TASKS_PER_WARP, WEIGHT_WARPS = 128, 32, 4, 8
 
 
@@ -31,21 +26,6 @@ class Shape(ctypes.Structure):
     )
 
 
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A copy as NumPy has it: bfloat16 as the integers with its bits."""
-    tensor = tensor.detach().contiguous().clone()
-    return tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def nan_like(shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
-    return to_numpy(torch.full(shape, torch.nan, dtype=dtype))
-
-
-def to_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
-
-
 class Pool:
     """The launcher's part: grids and choices as `csrc/cuda/modality_pool_cuda.cu` makes them."""
 
@@ -57,7 +37,7 @@ class Pool:
         per_access = 16 // embeddings.element_size()
         self.wide = self.width % per_access == 0
         self.count = per_access if self.wide else 1
-        self.name = str(embeddings.dtype).removeprefix("torch.") + ("_wide" if self.wide else "_narrow")
+        self.name = name_of(embeddings.dtype) + ("_wide" if self.wide else "_narrow")
         self.bytes = self.modalities * self.width * embeddings.element_size() if self.wide else 0
         self.shape = bytes(Shape(self.rows, self.modalities, self.tasks, self.width, self.shared))
         self.reports: dict[str, Report] = {}
@@ -70,7 +50,7 @@ class Pool:
     def forward(self) -> tuple[Tensor, Tensor]:
         pooled = nan_like((self.rows, self.tasks, self.width), self.dtype)
         weights = nan_like((self.rows, self.tasks, self.modalities), torch.float32)
-        grid = (self.rows, -(-self.tasks // TASKS_PER_BLOCK))
+        grid = (self.rows, ceil_div(self.tasks, TASKS_PER_BLOCK))
         arguments = [self.embeddings, self.weight, self.present, pooled, weights]
         self.launch("forward", grid, THREADS, arguments, self.bytes)
         return to_tensor(pooled, self.dtype), to_tensor(weights, torch.float32)
@@ -78,30 +58,23 @@ class Pool:
     def backward(self, grad_pooled: Tensor, grad_weights: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor]:
         grad, pool_weights = to_numpy(grad_pooled), to_numpy(weights)
         scores = nan_like((self.rows, self.tasks, self.modalities), torch.float32)
-        grid = (self.rows, -(-self.tasks // TASKS_PER_BLOCK))
+        grid = (self.rows, ceil_div(self.tasks, TASKS_PER_BLOCK))
         given = None if grad_weights is None else to_numpy(grad_weights)
         arguments = [grad, given, self.embeddings, self.present, pool_weights, scores]
         self.launch("backward_scores", grid, THREADS, arguments, self.bytes)
         grad_embeddings = nan_like((self.rows, self.modalities, self.width), self.dtype)
-        grid = (self.rows, -(-self.width // (THREADS * self.count)))
+        grid = (self.rows, ceil_div(self.width, THREADS * self.count))
         arguments = [grad, self.weight, self.present, pool_weights, scores, grad_embeddings]
         self.launch("backward_embeddings", grid, THREADS, arguments)
         grad_weight = nan_like(self.weight.shape, self.dtype)
         grid3 = (
-            -(-self.width // (32 * self.count)),
-            -(-self.tasks // TASKS_PER_WARP),
+            ceil_div(self.width, 32 * self.count),
+            ceil_div(self.tasks, TASKS_PER_WARP),
             1 if self.shared else self.modalities,
         )
         arguments = [self.embeddings, self.present, scores, grad_weight]
         self.launch("backward_weight", grid3, 32 * WEIGHT_WARPS, arguments)
         return to_tensor(grad_embeddings, self.dtype), to_tensor(grad_weight, self.dtype)
-
-
-def assert_close(result: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
-    """The error against float64 is at most twice that of plain PyTorch in the same dtype, plus a floor."""
-    floor = FLOOR[dtype] * torch.finfo(dtype).eps * float(exact.abs().max())
-    error = float((result.double() - exact).abs().max())
-    assert error <= 2 * float((plain.double() - exact).abs().max()) + floor
 
 
 # Rows, modalities, tasks, width, one weight vector per task.
