@@ -187,7 +187,9 @@ template <class T, int Count>
 __global__ void __launch_bounds__(kWeightWarps* kWarp, 1)
     backward_weight(Shape shape, const T* __restrict__ embeddings, const bool* __restrict__ present,
                     const float* __restrict__ grad_scores, T* __restrict__ grad_weight) {
-  __shared__ float partial[kWeightWarps][kTasksPerWarp][kWarp * Count];
+  // Room for each lane's i-th element; so far apart that neighbouring columns lie in different banks.
+  constexpr int kPlane = kWarp + kWarp / Count;
+  __shared__ float partial[kWeightWarps][kTasksPerWarp][kPlane * Count];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int first_column = blockIdx.x * kWarp * Count, first_task = blockIdx.y * kTasksPerWarp;
   const int first_modality = blockIdx.z, last_modality = shape.shared ? shape.modalities : first_modality + 1;
@@ -211,14 +213,14 @@ __global__ void __launch_bounds__(kWeightWarps* kWarp, 1)
 #pragma unroll
   for (int t = 0; t < kTasksPerWarp; ++t)
 #pragma unroll
-    for (int i = 0; i < Count; ++i) partial[warp][t][i * kWarp + lane] = sum[t][i];
+    for (int i = 0; i < Count; ++i) partial[warp][t][i * kPlane + lane] = sum[t][i];
   __syncthreads();
   for (int at = threadIdx.x; at < kTasksPerWarp * kWarp * Count; at += kWeightWarps * kWarp) {
     const int t = at / (kWarp * Count), column = at % (kWarp * Count);
     if (first_task + t >= shape.tasks || first_column + column >= shape.width) continue;
     float total = 0;
 #pragma unroll
-    for (int w = 0; w < kWeightWarps; ++w) total += partial[w][t][column % Count * kWarp + column / Count];
+    for (int w = 0; w < kWeightWarps; ++w) total += partial[w][t][column % Count * kPlane + column / Count];
     const int64_t vector = shape.shared ? first_task + t : int64_t{first_task + t} * shape.modalities + first_modality;
     grad_weight[vector * shape.width + first_column + column] = from_float<T>(total);
   }
