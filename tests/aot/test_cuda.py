@@ -28,7 +28,20 @@ INSTANCES = {
             ("backward_weight", f"{count}"),
             ("backward_weight", "1"),
         )
-    ]
+    ],
+    "packed_attention": [
+        f"{kernel}<{dtype}{arguments}>"
+        for dtype in ("float", "__half", "__nv_bfloat16")
+        for kernel, arguments in (
+            ("backward_delta", ""),
+            *(
+                (kernel, f", {size}{side}")
+                for size in (32, 64, 80, 96, 128)
+                for kernel, side in (("forward", ""), ("backward", ", false"), ("backward", ", true"))
+            ),
+        )
+    ],
+    "work_list": ["plan"],
 }
 
 
@@ -47,7 +60,7 @@ def test_compiles_without_spills(operator, tmp_path):
     kernels = ", ".join(f"(void*)cmaclip::{operator}::{instance}" for instance in INSTANCES[operator])
     source.write_text(f'#include "cmaclip/{operator}.cuh"\nvoid* kernels[] = {{{kernels}}};\n')
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
-    command = [nvcc(), "-std=c++20", "-O3", "-I", HEADERS, "-Xptxas", "-v", *targets, "-c", source]
+    command = [nvcc(), "-std=c++20", "-O3", "-I", HEADERS, "-Xptxas", "-v", "--threads", "2", *targets, "-c", source]
     done = subprocess.run([*command, "-o", tmp_path / "out.o"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     needs = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)

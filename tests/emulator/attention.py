@@ -1,0 +1,127 @@
+"""The launcher's part of packed_attention, as `csrc/cuda/packed_attention_launch.h` has it, on the emulator."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .arrays import ceil_div, name_of, nan_like, to_numpy, to_tensor
+from .emulate import ORDERS, Kernels, Report, module
+
+SIZES = (32, 64, 80, 96, 128)
+ROWS_PER_WARP, MOST_WARPS = 16, 4
+
+
+class Strides(ctypes.Structure):
+    _fields_ = (("token", ctypes.c_int64), ("head", ctypes.c_int64))
+
+
+class Shape(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("rows", "heads", "size", "queries", "keys")),
+        ("causal", ctypes.c_bool),
+        ("scale", ctypes.c_float),
+        *((name, Strides) for name in "qkv"),
+    )
+
+
+def ends(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+class Attention:
+    """One call of the operator; `qkv` may be views into one array `[T, 3, H, E]`."""
+
+    def __init__(
+        self,
+        library: Kernels,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_lengths: Sequence[int],
+        k_lengths: Sequence[int],
+        causal: bool = False,
+        scale: float | None = None,
+        orders: Sequence[tuple[str, int]] = ORDERS,
+    ) -> None:
+        self.library, self.dtype, self.orders = library, q.dtype, orders
+        self.tokens_q, self.heads, self.size = q.shape
+        self.tokens_k = len(k)
+        self.longest_q, self.longest_k = max(q_lengths, default=0), max(k_lengths, default=0)
+        self.causal, self.scale = causal, self.size**-0.5 if scale is None else scale
+        self.rows = len(q_lengths)
+        self.ends_q, self.ends_k = ends(q_lengths).numpy(), ends(k_lengths).numpy()
+        self.instance = f"{name_of(self.dtype)}_{next(size for size in SIZES if size >= self.size)}"
+        self.given = {name: self._array(name, tensor) for name, tensor in (("q", q), ("k", k), ("v", v))}
+        strides = [Strides(tensor.stride(0), tensor.stride(1)) for tensor in (q, k, v)]
+        sizes = (self.rows, self.heads, self.size, self.tokens_q, self.tokens_k)
+        self.shape = bytes(Shape(*sizes, causal, self.scale, *strides))
+        self.reports: dict[str, Report] = {}
+
+    def _array(self, name: str, tensor: Tensor):
+        """Strided tensors travel as a pointer into the memory they share."""
+        if tensor.is_contiguous():
+            return to_numpy(tensor)
+        base = tensor._base
+        assert base is not None and base.is_contiguous()
+        offset = tensor.storage_offset() - base.storage_offset()
+        return module().Buffer(to_numpy(base), name, 0).at(offset)
+
+    def _launch(self, kernel: str, grid, threads: int, arguments: list, shared: int = 0) -> None:
+        shape = [] if kernel == "plan" else [self.shape]
+        report = self.library.launch_in_orders(
+            kernel, grid, threads, [*shape, *arguments], dynamic_shared=shared, orders=self.orders
+        )
+        self.reports[kernel.removesuffix(f"_{self.instance}")] = report.check()
+
+    def _plan(self, tokens: int, warps: int, tiled: np.ndarray, other: np.ndarray) -> np.ndarray:
+        limit = self.library.call("most_items", tokens, self.rows, warps * ROWS_PER_WARP)
+        items = np.full((limit, 2), -7, np.int32)
+        # The kernel takes pairs of integers, 8 bytes an element.
+        pairs = items.view(np.int64)
+        self._launch("plan", 1, 32, [self.rows, tokens, warps * ROWS_PER_WARP, limit, tiled, other, pairs])
+        return pairs
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        out = nan_like((self.tokens_q, self.heads, self.size), self.dtype)
+        lse = nan_like((self.heads, self.tokens_q), torch.float32)
+        warps = self.library.call("warps_for", self.longest_q, MOST_WARPS)
+        items = self._plan(self.tokens_q, warps, self.ends_q, self.ends_k)
+        shared = self.library.call(f"forward_bytes_{self.instance}", warps)
+        arguments = [items, self.ends_q, self.ends_k, *self.given.values(), out, lse]
+        self._launch(f"forward_{self.instance}", (len(items), self.heads), 32 * warps, arguments, shared)
+        return to_tensor(out, self.dtype), torch.from_numpy(lse)
+
+    def backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        element = grad_out.element_size()
+        delta = nan_like((self.heads, self.tokens_q), torch.float32)
+        grad, given_lse = to_numpy(grad_out), to_numpy(lse)
+        grid = (ceil_div(self.tokens_q * 8 * element, 128), self.heads)
+        arguments = [to_numpy(out), grad, None if grad_lse is None else to_numpy(grad_lse), delta]
+        self._launch(f"backward_delta_{name_of(self.dtype)}", grid, 128, arguments)
+        most = 2 if element == 4 and self.size > 64 else MOST_WARPS
+        grads = [
+            nan_like((tokens, self.heads, self.size), self.dtype) for tokens in (self.tokens_q, *2 * (self.tokens_k,))
+        ]
+        common = [self.ends_q, self.ends_k, *self.given.values(), grad, given_lse, delta]
+        for kernel, tokens, longest, tiled, other, results in (
+            ("backward_q", self.tokens_q, self.longest_q, self.ends_q, self.ends_k, [grads[0], None]),
+            ("backward_kv", self.tokens_k, self.longest_k, self.ends_k, self.ends_q, grads[1:]),
+        ):
+            warps = self.library.call("warps_for", longest, most)
+            items = self._plan(tokens, warps, tiled, other)
+            shared = self.library.call(f"backward_bytes_{self.instance}", warps)
+            self._launch(
+                f"{kernel}_{self.instance}",
+                (len(items), self.heads),
+                32 * warps,
+                [items, *common, *results],
+                shared,
+            )
+        return tuple(to_tensor(x, self.dtype) for x in grads)  # type: ignore[return-value]

@@ -1,0 +1,150 @@
+"""The CUDA kernels of packed_attention in the emulator: values, gradients, faults, traffic and tensor-core counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cmaclip_fast.ops import reference
+
+from .arrays import DTYPES, Load, assert_close
+from .attention import Attention, ends
+from .emulate import ORDERS
+
+FORWARD = ORDERS[:1]
+
+
+def inputs(q_lengths, k_lengths, heads: int, size: int, dtype: torch.dtype, spare: int = 0) -> list[Tensor]:
+    tokens_q, tokens_k = sum(q_lengths) + spare, sum(k_lengths) + spare
+    return [torch.randn(tokens, heads, size).to(dtype) for tokens in (tokens_q, tokens_k, tokens_k)]
+
+
+def run(
+    kernels: Load,
+    q_lengths,
+    k_lengths,
+    heads: int = 1,
+    size: int = 64,
+    dtype: torch.dtype = torch.float16,
+    causal: bool = False,
+    spare: int = 0,
+    scale: float | None = None,
+    grow: float = 1.0,
+    orders=FORWARD,
+    fused: bool = False,
+) -> Attention:
+    """Forward and backward on the emulator, each held against float64."""
+    q, k, v = inputs(q_lengths, k_lengths, heads, size, dtype, spare)
+    if fused:
+        q, k, v = torch.stack([q, k, v], dim=1).unbind(1)
+    else:
+        q *= grow
+    call = Attention(kernels("packed_attention"), q, k, v, q_lengths, k_lengths, causal, scale, orders)
+    rest = (ends(q_lengths), ends(k_lengths), call.longest_q, call.longest_k, call.scale, causal)
+    plain = reference.packed_attention_forward(q, k, v, *rest)
+    exact = reference.packed_attention_forward(q.double(), k.double(), v.double(), *rest)
+    out, lse = call.forward()
+    assert_close(out, plain[0], exact[0], dtype)
+    hidden = exact[1] == -torch.inf
+    assert torch.equal(lse == -torch.inf, hidden)
+    assert_close(*(x.masked_fill(hidden, 0) for x in (lse, plain[1], exact[1])), torch.float32)
+
+    grad_out, grad_lse = torch.randn(q.shape).to(dtype), None if fused else torch.randn(lse.shape)
+    wide = None if grad_lse is None else grad_lse.double()
+    results = call.backward(grad_out, grad_lse, out, lse)
+    plain_grads = reference.packed_attention_backward(grad_out, grad_lse, q, k, v, *plain, *rest)
+    doubles = (grad_out.double(), wide, q.double(), k.double(), v.double(), *exact)
+    exact_grads = reference.packed_attention_backward(*doubles, *rest)
+    for result, plain_grad, exact_grad in zip(results, plain_grads, exact_grads, strict=True):
+        assert_close(result, plain_grad, exact_grad, dtype)
+    return call
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [32, 64, 80, 96, 128])
+def test_head_sizes(kernels: Load, size: int, causal: bool) -> None:
+    run(kernels, [35, 0, 1], [35, 3, 1], size=size, causal=causal, heads=2 if size == 32 else 1)
+
+
+@pytest.mark.parametrize("size", [32, 80, 128])
+def test_float32(kernels: Load, size: int) -> None:
+    run(kernels, [37, 2], [37, 18], size=size, dtype=torch.float32, causal=size == 80)
+
+
+def test_bfloat16(kernels: Load) -> None:
+    run(kernels, [20, 3], [70, 3], dtype=torch.bfloat16, spare=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("q_lengths", "k_lengths", "causal"),
+    [
+        ([2, 2, 0, 2], [45, 1, 3, 0], False),
+        ([70], [130], True),
+        ([130], [70], True),
+        ([65, 1], [9, 129], False),
+        ([0, 0], [0, 0], False),
+        ([], [], False),
+    ],
+)
+def test_query_and_key_lengths(kernels: Load, q_lengths, k_lengths, causal: bool, dtype: torch.dtype) -> None:
+    run(kernels, q_lengths, k_lengths, causal=causal, dtype=dtype, spare=3)
+
+
+def test_head_size_between_instances(kernels: Load) -> None:
+    run(kernels, [19, 5], [19, 5], size=40, heads=2)
+
+
+def test_every_order_gives_the_same_bits(kernels: Load) -> None:
+    run(kernels, [18, 66, 1], [18, 66, 1], size=32, orders=ORDERS, heads=2)
+
+
+def test_one_fused_projection(kernels: Load) -> None:
+    run(kernels, [5, 40], [5, 40], heads=2, size=32, fused=True)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 2.0])
+def test_scale(kernels: Load, scale: float) -> None:
+    run(kernels, [6, 70], [6, 70], scale=scale, dtype=torch.float32)
+
+
+def test_large_scores_do_not_overflow(kernels: Load) -> None:
+    run(kernels, [40, 7], [140, 7], size=32, grow=100, dtype=torch.float32)
+
+
+def test_nan_stays_in_its_query(kernels: Load) -> None:
+    q, k, v = inputs([4, 4], [4, 4], 1, 32, torch.float16)
+    q[1] = torch.nan
+    out, lse = Attention(kernels("packed_attention"), q, k, v, [4, 4], [4, 4], orders=FORWARD).forward()
+    assert out[1].isnan().all() and lse[:, 1].isnan().all()
+    others = [0, 2, 3, 4, 5, 6, 7]
+    assert out[others].isfinite().all() and lse[:, others].isfinite().all()
+
+
+def test_rows_with_most_keys_come_first(kernels: Load) -> None:
+    lengths = [3, 300, 70, 0, 129]
+    q, k, v = inputs(lengths, lengths, 1, 32, torch.float16)
+    call = Attention(kernels("packed_attention"), q, k, v, lengths, lengths)
+    items = call._plan(len(q), 4, call.ends_q, call.ends_k).view("int32").reshape(-1, 2)
+    first = [0, 3, 303, 373, 373]
+    expected = [(row, first[row] + at) for row in (1, 4, 2, 0) for at in range(0, lengths[row], 64)]
+    assert [tuple(item) for item in items[: len(expected)]] == expected
+    assert (items[len(expected) :, 0] == -1).all()
+
+
+# Lengths as in ViT-B/16's tower and in the fusion of ViT-B/32's 50 patches with 77 text tokens.
+@pytest.mark.parametrize("lengths", [[197], [127]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_traffic_and_instructions(kernels: Load, lengths: list[int], dtype: torch.dtype) -> None:
+    """As few sectors as can be, no bank conflicts, and tensor-core instructions near the arithmetic's minimum."""
+    call = run(kernels, lengths, lengths, size=64, dtype=dtype)
+    # Floats take six instructions for the scores and three for every other product.
+    depth, scores, others = (8, 6, 3) if dtype == torch.float32 else (16, 1, 1)
+    name = {torch.float16: "mma_f16", torch.bfloat16: "mma_bf16", torch.float32: "mma_tf32"}[dtype]
+    for kernel, products in (("forward", 2), ("backward_q", 3), ("backward_kv", 4)):
+        report = call.reports[kernel]
+        assert report.counts.sectors <= 1.05 * report.counts.fewest_sectors, kernel
+        assert report.counts.bank_conflicts == 0, kernel
+        fewest = (scores + (products - 1) * others) * sum(n * n for n in lengths) * 64 / (16 * 8 * depth)
+        assert report.instructions[name] <= 1.15 * fewest, kernel
