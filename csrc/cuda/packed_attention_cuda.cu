@@ -25,7 +25,7 @@ Tensor readable(const Tensor& tensor, int64_t size) {
   return copy;
 }
 
-Tensor without_padding(const Tensor& tensor, int64_t size) {
+Tensor without_padding(Tensor tensor, int64_t size) {
   if (tensor.size(2) == size) return tensor;
   Tensor front = narrow(tensor, 2, 0, size);
   return torch::stable::contiguous(front);

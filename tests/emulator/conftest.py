@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,11 +20,13 @@ def kernels() -> Callable[[str], emulate.Kernels]:
         emulate.compiler()
     except RuntimeError as error:
         pytest.skip(str(error))
+    # tests/mutants puts a changed copy of the headers in their place.
+    include = Path(os.environ.get("CMACLIP_TEST_INCLUDE", emulate.INCLUDE))
     loaded: dict[str, emulate.Kernels] = {}
 
     def load(name: str) -> emulate.Kernels:
         if name not in loaded:
-            loaded[name] = emulate.Kernels(KERNELS / f"{name}.cpp")
+            loaded[name] = emulate.Kernels(KERNELS / f"{name}.cpp", include)
         return loaded[name]
 
     return load

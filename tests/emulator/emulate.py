@@ -207,16 +207,18 @@ class Kernels:
         self.include = include
         self._shown: dict[int, str] = {}
         runtime = _module_path()
+        # What is compiled from a changed copy goes away with it.
+        cache = cache_folder() if include == INCLUDE else include
         device = sorted((EMULATOR / "device").glob("*.h"))
         headers = sorted([*include.rglob("*.cuh"), *source.parent.glob("*.cuh")])
         arguments = [*KERNEL_FLAGS, *flags, f"-I{EMULATOR / 'device'}", f"-I{include}"]
         # Paths count: reports name the files that were compiled.
         key = _digest([source, *headers, *device], [*arguments, str(source)])
-        compiled = _compile(cache_folder() / f"{source.stem}-{key}.o", [*arguments, "-c", "-x", "c++", str(source)])
+        compiled = _compile(cache / f"{source.stem}-{key}.o", [*arguments, "-c", "-x", "c++", str(source)])
         # Linked without the sanitizers, whose runtime the emulator replaces.
         link = ["-shared", "-nostartfiles", "-Wl,-Bsymbolic", f"-Wl,-rpath,{runtime.parent}"]
         link += [str(compiled), str(runtime)]
-        self.path = _compile(cache_folder() / f"{source.stem}-{_digest([], link)}.so", link)
+        self.path = _compile(cache / f"{source.stem}-{_digest([], link)}.so", link)
         self.library = module().Library(str(self.path))
 
     @property

@@ -1,0 +1,287 @@
+"""Small faults to put into the kernels, one at a time: each must make at least one test fail.
+
+`old` stands exactly once in the file. Emulator tests hold the CUDA headers, interpreter tests the Triton kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One fault: in `file`, `old` becomes `new`. `tests` are the pytest arguments that should notice."""
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = ()
+
+
+def cuda(header: str, fault: str, old: str, new: str, test: str = "") -> Edit:
+    test = test or f"test_{header}.py"
+    return Edit(fault, f"csrc/include/cmaclip/{header}.cuh", old, new, (f"tests/emulator/{test}",))
+
+
+def triton(operator: str, fault: str, old: str, new: str) -> Edit:
+    return Edit(fault, f"kernels/{operator}.py", old, new, (f"tests/interpret/test_{operator}.py",))
+
+
+ATTENTION = "test_packed_attention.py"
+
+EDITS = (
+    cuda(
+        "packed_attention",
+        "forward: the barrier before a tile is read is gone",
+        "    isa::cp_async_wait<0>();\n    __syncthreads();\n    if (from + kColumns < visible)",
+        "    isa::cp_async_wait<0>();\n    if (from + kColumns < visible)",
+    ),
+    cuda(
+        "packed_attention",
+        "forward: nobody waits for the copies",
+        "    isa::cp_async_wait<0>();\n    __syncthreads();\n    if (from + kColumns < visible)",
+        "    __syncthreads();\n    if (from + kColumns < visible)",
+    ),
+    cuda(
+        "packed_attention",
+        "forward: the next tile overwrites the one being read",
+        "start_keys(from + kColumns, buffer ^ 1)",
+        "start_keys(from + kColumns, buffer)",
+    ),
+    cuda(
+        "packed_attention",
+        "forward: the running sum is not rescaled",
+        "      total[r] *= rescale;\n",
+        "",
+    ),
+    cuda(
+        "packed_attention",
+        "forward: one of two columns is not rescaled",
+        "        sum[n][2 * r + 1] *= rescale;\n",
+        "",
+    ),
+    cuda(
+        "packed_attention",
+        "forward: the maximum misses the neighbouring lanes",
+        "      tile_most[r] = fmaxf(tile_most[r], __shfl_xor_sync(kAllLanes, tile_most[r], 2));\n",
+        "",
+    ),
+    cuda(
+        "packed_attention",
+        "forward: the sum misses the neighbouring lanes",
+        "    total[r] += __shfl_xor_sync(kAllLanes, total[r], 1);\n",
+        "",
+    ),
+    cuda(
+        "packed_attention",
+        "forward: scores are not scaled",
+        "? scores[n][i] * shape.scale : -INFINITY",
+        "? scores[n][i] : -INFINITY",
+    ),
+    cuda(
+        "packed_attention",
+        "forward: a row without keys divides by zero",
+        "const float share = total[r] == 0 ? 0 : 1 / total[r];",
+        "const float share = 1 / total[r];",
+    ),
+    cuda(
+        "packed_attention",
+        "forward: a row that has seen no key subtracts minus infinity",
+        "shift[r] = most[r] == -INFINITY ? 0 : most[r];",
+        "shift[r] = most[r];",
+    ),
+    cuda(
+        "packed_attention",
+        "forward: the log-sum-exp lacks the maximum",
+        "most[r] + logf(total[r])",
+        "logf(total[r])",
+    ),
+    cuda(
+        "packed_attention",
+        "forward: the heads' log-sum-exp lie at the stride of the keys",
+        "lse[int64_t{head} * shape.queries + query] =",
+        "lse[int64_t{head} * shape.keys + query] =",
+    ),
+    cuda(
+        "packed_attention",
+        "forward: every head reads the first head's keys",
+        "k += head * shape.k.head, v += head * shape.v.head;\n  const int visible",
+        "v += head * shape.v.head;\n  const int visible",
+    ),
+    cuda(
+        "packed_attention",
+        "the causal mask hides a query's own key",
+        "query - queries.end + 1 + all",
+        "query - queries.end + all",
+    ),
+    cuda(
+        "packed_attention",
+        "the causal mask aligns the first query with the first key",
+        "query - queries.end + 1 + all",
+        "query - queries.begin + 1",
+    ),
+    cuda(
+        "packed_attention",
+        "the causal mask is dropped from the gradients",
+        "(!shape.causal || key <= query + lead)",
+        "true",
+    ),
+    cuda(
+        "packed_attention",
+        "backward: the gradient of the log-sum-exp is added",
+        "sum - grad_lse[at]",
+        "sum + grad_lse[at]",
+    ),
+    cuda(
+        "packed_attention",
+        "backward: the slope lacks the row's mean",
+        "powers[n][i] * (slopes[n][i] - mean) * shape.scale",
+        "powers[n][i] * slopes[n][i] * shape.scale",
+    ),
+    cuda(
+        "packed_attention",
+        "backward: the slope is not scaled",
+        "(slopes[n][i] - mean) * shape.scale;",
+        "(slopes[n][i] - mean);",
+    ),
+    cuda(
+        "packed_attention",
+        "backward: queries before the tile's first key are not skipped, but one too many is",
+        "max(0, item.first - tiled.begin - lead)",
+        "max(0, item.first - tiled.begin - lead + 1)",
+    ),
+    cuda(
+        "packed_attention",
+        "backward: a query that sees no key keeps minus infinity",
+        "row_lse[r] = lse[query] == -INFINITY ? INFINITY : lse[query];",
+        "row_lse[r] = lse[query];",
+    ),
+    cuda(
+        "packed_attention",
+        "backward: the gradients of k and v change places",
+        "tile::add_weighted_rows<T, Size, kColumns>(second, powers, streamed_b + at, columns);",
+        "tile::add_weighted_rows<T, Size, kColumns>(second, slopes, streamed_b + at, columns);",
+    ),
+    cuda(
+        "packed_attention",
+        "backward: the streamed queries' delta is read from the other buffer",
+        "const int stat = buffer * kColumns + column;",
+        "const int stat = (buffer ^ 1) * kColumns + column;",
+    ),
+    cuda(
+        "packed_attention",
+        "backward: shared memory is one buffer short",
+        "Layout<T, Size>::elements(2 * warps * kRowsPerWarp + 4 * kGradTokens<T>)",
+        "Layout<T, Size>::elements(2 * warps * kRowsPerWarp + 3 * kGradTokens<T>)",
+    ),
+    cuda(
+        "tile",
+        "rows past the end are read",
+        "const bool valid = first + row < end &&",
+        "const bool valid = first + row <= end &&",
+        ATTENTION,
+    ),
+    cuda(
+        "tile",
+        "columns past the head size are read",
+        "chunk * kPerAccess<T> < width;",
+        "chunk * kPerAccess<T> <= width;",
+        ATTENTION,
+    ),
+    cuda("tile", "the rows of a tile lie unswizzled", "(chunk ^ swizzle(row))", "chunk", ATTENTION),
+    cuda(
+        "tile",
+        "the left fragment's lower rows are the upper ones",
+        "row + lane % 16, chunk + lane / 16",
+        "row + lane % 8, chunk + lane / 16",
+        ATTENTION,
+    ),
+    cuda(
+        "tile",
+        "the right fragment's chunks change places",
+        "n * 8 + lane / 16 * 8 + lane % 8, chunk + lane / 8 % 2",
+        "n * 8 + lane / 16 * 8 + lane % 8, chunk + 1 - lane / 8 % 2",
+        ATTENTION,
+    ),
+    cuda("tile", "values are loaded untransposed", "ldmatrix_x4_trans", "ldmatrix_x4", ATTENTION),
+    cuda("tile", "floats are cut to TF32", "both = Parts - 1;", "both = 0;", ATTENTION),
+    cuda(
+        "tile",
+        "a tile's last group of eight columns is left out",
+        "if (n * 8 + 8 < columns) multiply",
+        "if (n * 8 + 16 < columns) multiply",
+        ATTENTION,
+    ),
+    cuda(
+        "tile",
+        "the stored rows are read before they are written",
+        "  __syncwarp();\n  for (int i = lane; i < kRowsPerWarp",
+        "  for (int i = lane; i < kRowsPerWarp",
+        ATTENTION,
+    ),
+    cuda(
+        "tile",
+        "rows of the next sequence are overwritten",
+        "    if (first + r < end && chunk * kPerAccess<T> < width)\n      store",
+        "    if (chunk * kPerAccess<T> < width)\n      store",
+        ATTENTION,
+    ),
+    cuda(
+        "work_list",
+        "tokens past the last row are nobody's",
+        "row < rows ? ends[row + 1] : tokens",
+        "row < rows ? ends[row + 1] : ends[row]",
+        ATTENTION,
+    ),
+    cuda(
+        "work_list",
+        "the shortest rows come first",
+        "const int high = kCosts - 1 - 2 * lane, low = high - 1;",
+        "const int high = 2 * lane, low = high + 1;",
+        ATTENTION,
+    ),
+    cuda(
+        "work_list",
+        "a row's last tile is dropped",
+        "(tiled.end - tiled.begin + tile - 1) / tile;",
+        "(tiled.end - tiled.begin) / tile;",
+        ATTENTION,
+    ),
+    cuda("work_list", "unused items keep what memory held", "items[i] = {-1, 0};", "{}", ATTENTION),
+    cuda(
+        "work_list",
+        "rows of one cost share their place",
+        "if (same >> lane == 1) next[cost] = at + count;",
+        "if (same >> lane == 1) next[cost] = at;",
+        ATTENTION,
+    ),
+    cuda("modality_pool", "absent modalities count", "score[m] = mask >> m & 1 ? expf", "score[m] = true ? expf"),
+    cuda("modality_pool", "a warp's score is one lane's", "score[m] = warp_sum(score[m]);", ""),
+    cuda("modality_pool", "the shares are not normalised", "score[m] /= total;", "score[m] /= 1;"),
+    cuda(
+        "modality_pool",
+        "every task has the first modality's weights",
+        "if (m > 0 && !shape.shared) w = load<Count>(weight_of(weight, shape, task, m) + d);\n        const Pack",
+        "const Pack",
+    ),
+    cuda("modality_pool", "the slope lacks the mean", "weight * (grad - mean)", "weight * grad"),
+    cuda(
+        "modality_pool",
+        "partial sums are read before all are written",
+        "  __syncthreads();\n  for (int at = threadIdx.x; at < kTasksPerWarp",
+        "  for (int at = threadIdx.x; at < kTasksPerWarp",
+    ),
+    triton(
+        "modality_pool",
+        "the scores of absent modalities count",
+        "powers = tl.where(exists[None, :], tl",
+        "powers = tl.where(True, tl",
+    ),
+    triton(
+        "modality_pool",
+        "a row without modalities divides by zero",
+        "tl.where(total == 0.0, 1.0, total)",
+        "total",
+    ),
+)
