@@ -274,9 +274,9 @@ EDITS = (
     ),
     triton(
         "modality_pool",
-        "the scores of absent modalities count",
-        "powers = tl.where(exists[None, :], tl",
-        "powers = tl.where(True, tl",
+        "the slope lacks the mean",
+        "share * (product - mean[:, None])",
+        "share * product",
     ),
     triton(
         "modality_pool",
