@@ -284,4 +284,162 @@ EDITS = (
         "tl.where(total == 0.0, 1.0, total)",
         "total",
     ),
+    cuda("pack_tokens", "the scan leaves out the first warps", "ends[i] + (at > 0 ? totals[at - 1] : 0);", "ends[i];"),
+    cuda("pack_tokens", "the scan forgets earlier turns", "    before += totals[kTotals - 1];\n", ""),
+    cuda(
+        "pack_tokens",
+        "text lengths are not held to the padded length",
+        "min(max(text_lengths[row], 0), shape.length)",
+        "text_lengths[row]",
+    ),
+    cuda("pack_tokens", "absent texts are packed", "return {present[2 * row] ? min", "return {true ? min"),
+    cuda("pack_tokens", "the image has the text's type", "(place < tokens.text ? 0 : shape.width) + d", "0 + d"),
+    cuda(
+        "pack_tokens",
+        "image tokens overwrite text tokens",
+        "row * shape.patches + place - tokens.text",
+        "row * shape.patches + place",
+    ),
+    cuda(
+        "pack_tokens",
+        "padding after the last token is not cleared",
+        "if (place < places && token < shape.capacity) store(packed",
+        "if (place < kept && token < shape.capacity) store(packed",
+    ),
+    cuda(
+        "pack_tokens",
+        "the image's gradient is the text's",
+        "begin + (is_text ? place : tokens.text + patch);",
+        "begin + (is_text ? place : patch);",
+    ),
+    cuda(
+        "pack_tokens",
+        "partial sums are read before all are written",
+        "  __syncthreads();\n  float* out = sums",
+        "  float* out = sums",
+    ),
+    cuda(
+        "multitask_cross_entropy", "the running sum is not rescaled", "if (now != most) total *= expf(most - base);", ""
+    ),
+    cuda(
+        "multitask_cross_entropy",
+        "the mean counts all rows",
+        "return weight_sum > 0 ? 1 / weight_sum : 0;",
+        "return 1 / weight_sum;",
+    ),
+    cuda(
+        "multitask_cross_entropy",
+        "labels past the last class go unnoticed",
+        "    if (label >= classes) loss = NAN;\n",
+        "",
+    ),
+    cuda(
+        "multitask_cross_entropy",
+        "smoothing is over all tasks' classes",
+        "sums.weighted) / static_cast<float>(classes);",
+        "sums.weighted) / static_cast<float>(shape.classes);",
+    ),
+    cuda(
+        "multitask_cross_entropy",
+        "the tile is read before it is whole",
+        "      __syncthreads();\n    }\n  }\n};",
+        "    }\n  }\n};",
+    ),
+    cuda(
+        "multitask_cross_entropy",
+        "the label has no slope of its own",
+        "      if (c + i == label) grad -= label_weight;\n",
+        "",
+    ),
+    cuda(
+        "multitask_cross_entropy",
+        "unlabelled rows have a gradient",
+        "grad[c] = zero;\n      continue;\n",
+        "grad[c] = zero;\n",
+    ),
+    cuda(
+        "multitask_cross_entropy",
+        "the parts of tasks lie at the stride of rows",
+        "row_loss[task * shape.rows + row] = loss;",
+        "row_loss[row * shape.tasks + task] = loss;",
+    ),
+    triton(
+        "packed_attention",
+        "the running sum is not rescaled",
+        "total = total * shrink + tl.sum(powers, axis=1)",
+        "total = total + tl.sum(powers, axis=1)",
+    ),
+    triton(
+        "packed_attention",
+        "the weighted sum is not rescaled",
+        "values, sums * shrink[:, None], input",
+        "values, sums, input",
+    ),
+    triton(
+        "packed_attention",
+        "keys of the next row are seen",
+        '        scores = tl.where(sees, scores, float("-inf"))\n',
+        "",
+    ),
+    triton(
+        "packed_attention",
+        "a query sees one key too many",
+        "            sees = sees & (j[None, :] <= i[:, None] + (m - n))\n        scores = tl.where",
+        "            sees = sees & (j[None, :] <= i[:, None] + (m - n) + 1)\n        scores = tl.where",
+    ),
+    triton(
+        "packed_attention",
+        "the slope lacks the gradient of the log-sum-exp",
+        "slope -= tl.load(grad_lse",
+        "slope -= 0 * tl.load(grad_lse",
+    ),
+    triton("packed_attention", "the gradient of q is not scaled", "(sums * scale).to(grad_q", "sums.to(grad_q"),
+    triton(
+        "packed_attention",
+        "tokens past the last row are not cleared",
+        'tl.full([BLOCK_Q], float("-inf"), tl.float32), mask=t < tokens)',
+        'tl.full([BLOCK_Q], float("-inf"), tl.float32), mask=t < 0)',
+    ),
+    triton(
+        "pack_tokens", "the scan forgets earlier blocks", "end + tl.cumsum(tokens, axis=0)", "tl.cumsum(tokens, axis=0)"
+    ),
+    triton(
+        "pack_tokens",
+        "the image has the text's type",
+        "added = tl.where(is_text[:, None], text_type, image_type)",
+        "added = text_type",
+    ),
+    triton(
+        "pack_tokens",
+        "patches are counted from the padded text",
+        "    patch = slot - texts\n",
+        "    patch = slot - length\n",
+    ),
+    triton(
+        "pack_tokens",
+        "absent images are packed",
+        "tl.where(tl.load(present + row * 2 + 1, mask=inside, other=0) != 0, patches, 0)",
+        "tl.where(inside, patches, 0)",
+    ),
+    triton(
+        "multitask_cross_entropy", "the running sum is not rescaled", "total * tl.exp(most - larger) + tl", "total + tl"
+    ),
+    triton(
+        "multitask_cross_entropy",
+        "labels past the last class go unnoticed",
+        '    loss = tl.where(label >= end - first, float("nan"), loss)\n',
+        "",
+    ),
+    triton(
+        "multitask_cross_entropy",
+        "the gradient is not the mean's",
+        "factor = tl.load(grad_loss + task) * _inverse(tl.load(weight_sum + task))",
+        "factor = tl.load(grad_loss + task)",
+    ),
+    triton(
+        "multitask_cross_entropy",
+        "every task's label stands in the first task",
+        "tl.where(c == first + label, label_weight",
+        "tl.where(c == label, label_weight",
+    ),
 )
