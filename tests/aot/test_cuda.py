@@ -28,7 +28,18 @@ INSTANCES = {
             ("backward_weight", f"{count}"),
             ("backward_weight", "1"),
         )
-    ]
+    ],
+    "pack_tokens": [
+        "row_ends",
+        *(
+            instance
+            for dtype, count in (("float", 4), ("__half", 8), ("__nv_bfloat16", 8))
+            for instance in (
+                *(f"{kernel}<{dtype}, {n}>" for kernel in ("pack", "unpack") for n in (count, 1)),
+                f"add_sums<{dtype}>",
+            )
+        ),
+    ],
 }
 
 
