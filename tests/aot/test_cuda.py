@@ -40,6 +40,21 @@ INSTANCES = {
             )
         ),
     ],
+    "multitask_cross_entropy": [
+        "add_rows",
+        *(
+            kernel.replace("T", dtype)
+            for dtype in ("float", "__half", "__nv_bfloat16")
+            for kernel in (
+                *(
+                    f"{direction}_warps<T, {tile}>"
+                    for direction in ("forward", "backward")
+                    for tile in ("true", "false")
+                ),
+                *("forward_blocks<T>", "backward_blocks<T>", "add_class_weights<T>"),
+            )
+        ),
+    ],
 }
 
 

@@ -170,7 +170,11 @@ __global__ void __launch_bounds__(kSumThreads, 1)
                            : grad_image + (row * shape.patches + patch) * shape.width;
         store(out + d, grads[t]);
 #pragma unroll
-        for (int i = 0; i < Count; ++i) (patch < 0 ? text_sum : image_sum)[i] += to_float(grads[t].values[i]);
+        for (int i = 0; i < Count; ++i) {
+          const float grad = to_float(grads[t].values[i]);
+          text_sum[i] += patch < 0 ? grad : 0;
+          image_sum[i] += patch < 0 ? 0 : grad;
+        }
       }
     }
   }
