@@ -42,6 +42,32 @@ INSTANCES = {
         )
     ],
     "work_list": ["plan"],
+    "pack_tokens": [
+        "row_ends",
+        *(
+            instance
+            for dtype, count in (("float", 4), ("__half", 8), ("__nv_bfloat16", 8))
+            for instance in (
+                *(f"{kernel}<{dtype}, {n}>" for kernel in ("pack", "unpack") for n in (count, 1)),
+                f"add_sums<{dtype}>",
+            )
+        ),
+    ],
+    "multitask_cross_entropy": [
+        "add_rows",
+        *(
+            kernel.replace("T", dtype)
+            for dtype in ("float", "__half", "__nv_bfloat16")
+            for kernel in (
+                *(
+                    f"{direction}_warps<T, {tile}>"
+                    for direction in ("forward", "backward")
+                    for tile in ("true", "false")
+                ),
+                *("forward_blocks<T>", "backward_blocks<T>", "add_class_weights<T>"),
+            )
+        ),
+    ],
 }
 
 
