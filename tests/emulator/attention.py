@@ -33,6 +33,42 @@ def ends(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
+# Of each kernel: products of the tiled side's rows with the streamed side's, and sums weighted by them.
+PRODUCTS = {"forward": (1, 1), "backward_q": (2, 1), "backward_kv": (2, 2)}
+
+
+def depth_of(dtype: torch.dtype) -> int:
+    """Columns of the left operand that a tensor-core instruction takes."""
+    return 8 if dtype == torch.float32 else 16
+
+
+def seen(kernel: str, queries: int, keys: int, causal: bool) -> list[int]:
+    """Of each token on the kernel's tiled side, how many of the other side it meets."""
+    keys_of = [max(0, min(keys, query + 1 + keys - queries)) if causal else keys for query in range(queries)]
+    return [sum(key < n for n in keys_of) for key in range(keys)] if kernel == "backward_kv" else keys_of
+
+
+def fewest_instructions(
+    kernel: str, dtype: torch.dtype, queries: int, keys: int, size: int = 64, causal: bool = False
+) -> tuple[float, int]:
+    """A row's tensor-core instructions: what the arithmetic fills, and what whole instructions allow.
+
+    A whole instruction takes 16 rows, 8 columns and the depth of its dtype.
+    """
+    # Floats take six instructions for the scores and three for every other product.
+    score_cost, cost = (6, 3) if dtype == torch.float32 else (1, 1)
+    products, sums = PRODUCTS[kernel]
+    product_cost, depth = score_cost + (products - 1) * cost, depth_of(dtype)
+    others = seen(kernel, queries, keys, causal)
+    arithmetic = (product_cost + sums * cost) * sum(others) * size / (ROWS_PER_WARP * 8 * depth)
+    whole = 0
+    for first in range(0, len(others), ROWS_PER_WARP):
+        most = max(others[first : first + ROWS_PER_WARP])
+        whole += product_cost * ceil_div(most, 8) * ceil_div(size, depth)
+        whole += sums * cost * ceil_div(most, depth) * ceil_div(size, 8)
+    return arithmetic, whole
+
+
 class Attention:
     """One call of the operator; `qkv` may be views into one array `[T, 3, H, E]`."""
 
@@ -78,7 +114,7 @@ class Attention:
         )
         self.reports[kernel.removesuffix(f"_{self.instance}")] = report.check()
 
-    def _plan(self, tokens: int, warps: int, tiled: np.ndarray, other: np.ndarray) -> np.ndarray:
+    def plan(self, tokens: int, warps: int, tiled: np.ndarray, other: np.ndarray) -> np.ndarray:
         limit = self.library.call("most_items", tokens, self.rows, warps * ROWS_PER_WARP)
         items = np.full((limit, 2), -7, np.int32)
         # The kernel takes pairs of integers, 8 bytes an element.
@@ -90,7 +126,7 @@ class Attention:
         out = nan_like((self.tokens_q, self.heads, self.size), self.dtype)
         lse = nan_like((self.heads, self.tokens_q), torch.float32)
         warps = self.library.call("warps_for", self.longest_q, MOST_WARPS)
-        items = self._plan(self.tokens_q, warps, self.ends_q, self.ends_k)
+        items = self.plan(self.tokens_q, warps, self.ends_q, self.ends_k)
         shared = self.library.call(f"forward_bytes_{self.instance}", warps)
         arguments = [items, self.ends_q, self.ends_k, *self.given.values(), out, lse]
         self._launch(f"forward_{self.instance}", (len(items), self.heads), 32 * warps, arguments, shared)
@@ -115,7 +151,7 @@ class Attention:
             ("backward_kv", self.tokens_k, self.longest_k, self.ends_k, self.ends_q, grads[1:]),
         ):
             warps = self.library.call("warps_for", longest, most)
-            items = self._plan(tokens, warps, tiled, other)
+            items = self.plan(tokens, warps, tiled, other)
             shared = self.library.call(f"backward_bytes_{self.instance}", warps)
             self._launch(
                 f"{kernel}_{self.instance}",
