@@ -1,6 +1,7 @@
 // modality_pool on the CPU: rows, and for the weights' gradient tasks, are shared among the threads.
 
 #include "tensors.h"
+#include "threads.h"
 
 #include <vector>
 
@@ -9,13 +10,6 @@
 
 namespace cmaclip {
 namespace {
-
-// Below this many multiplications a second thread costs more than it brings.
-constexpr int64_t kGrain = 32768;
-
-int64_t grain(int64_t work_per_item) {
-  return kGrain / (work_per_item + 1) + 1;
-}
 
 std::tuple<Tensor, Tensor> modality_pool_forward(const Tensor embeddings, const Tensor weight, const Tensor present) {
   const int64_t rows = embeddings.size(0), modalities = embeddings.size(1), width = embeddings.size(2);

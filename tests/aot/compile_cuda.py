@@ -33,6 +33,15 @@ INSTANCES = {
         *(f"backward<T, {size}, {by_keys}>" for by_keys in ("false", "true") for size in (32, 64, 80, 96, 128)),
     ],
     "work_list": ["plan"],
+    "pack_tokens": [
+        "row_ends",
+        *(f"{kernel}<T, {count}>" for kernel in ("pack", "unpack") for count in ("kPerAccess<T>", "1")),
+        "add_sums<T>",
+    ],
+    "multitask_cross_entropy": [
+        *(f"{direction}_warps<T, {tile}>" for direction in ("forward", "backward") for tile in ("true", "false")),
+        *("forward_blocks<T>", "backward_blocks<T>", "add_class_weights<T>", "add_rows"),
+    ],
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import ceil_div, name_of, nan_like, to_numpy, to_tensor
+from .arrays import ceil_div, ends, name_of, nan_like, to_numpy, to_tensor
 from .emulate import ORDERS, Kernels, Report, module
 
 SIZES = (32, 64, 80, 96, 128)
@@ -27,10 +27,6 @@ class Shape(ctypes.Structure):
         ("scale", ctypes.c_float),
         *((name, Strides) for name in "qkv"),
     )
-
-
-def ends(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
 # Of each kernel: products of the tiled side's rows with the streamed side's, and sums weighted by them.

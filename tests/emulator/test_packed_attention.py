@@ -8,8 +8,8 @@ from torch import Tensor
 
 from cmaclip_fast.ops import reference
 
-from .arrays import DTYPES, Load, assert_close
-from .attention import PRODUCTS, Attention, ends, fewest_instructions
+from .arrays import DTYPES, Load, assert_close, ends
+from .attention import PRODUCTS, Attention, fewest_instructions
 from .emulate import ORDERS
 
 FORWARD = ORDERS[:1]
