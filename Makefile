@@ -2,6 +2,7 @@
 # make test     install, then check style and types and run all tests
 # make results  train three seeds and write docs/results.md
 # make gpu      run the tests that need an NVIDIA GPU, or say that they were not run
+# make tables   compile all kernels, count in the emulator, and write the tables of docs/kernels.md
 # make lint | clean
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: install demo results test gpu lint clean
+.PHONY: install demo results tables test gpu lint clean
 
 install: $(INSTALLED)
 
@@ -31,6 +32,9 @@ demo: install
 
 results: install
 	$(BIN)/python benchmarks/accuracy.py --seeds 0 --seeds 1 --seeds 2 --runs $(RUNS) --write docs/results.md
+
+tables: install
+	$(BIN)/python -m benchmarks.kernel_tables
 
 test: install lint
 	$(BIN)/python -m pytest

@@ -33,6 +33,10 @@ class Shape(ctypes.Structure):
 PRODUCTS = {"forward": (1, 1), "backward_q": (2, 1), "backward_kv": (2, 2)}
 
 
+def most_grad_warps(element_bytes: int, size: int) -> int:
+    return 2 if element_bytes == 4 and size > 64 else MOST_WARPS
+
+
 def depth_of(dtype: torch.dtype) -> int:
     """Columns of the left operand that a tensor-core instruction takes."""
     return 8 if dtype == torch.float32 else 16
@@ -137,7 +141,7 @@ class Attention:
         grid = (ceil_div(self.tokens_q * 8 * element, 128), self.heads)
         arguments = [to_numpy(out), grad, None if grad_lse is None else to_numpy(grad_lse), delta]
         self._launch(f"backward_delta_{name_of(self.dtype)}", grid, 128, arguments)
-        most = 2 if element == 4 and self.size > 64 else MOST_WARPS
+        most = most_grad_warps(element, self.size)
         grads = [
             nan_like((tokens, self.heads, self.size), self.dtype) for tokens in (self.tokens_q, *2 * (self.tokens_k,))
         ]
