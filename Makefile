@@ -1,6 +1,7 @@
 # make demo     install, train on the embedded data, print the results and the path of the report
 # make test     install, then check style and types and run all tests
 # make results  train three seeds and write docs/results.md
+# make mutants  put faults into the CUDA and Triton kernels, one at a time: each must make a test fail
 # make gpu      run the tests that need an NVIDIA GPU, or say that they were not run
 # make tables   compile all kernels, count in the emulator, and write the tables of docs/kernels.md
 # make lint | clean
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: install demo results tables test gpu lint clean
+.PHONY: install demo results tables test mutants gpu lint clean
 
 install: $(INSTALLED)
 
@@ -38,6 +39,9 @@ tables: install
 
 test: install lint
 	$(BIN)/python -m pytest
+
+mutants: install
+	$(BIN)/python tests/mutants/run.py
 
 gpu: install
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

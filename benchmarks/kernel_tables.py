@@ -25,7 +25,7 @@ import triton
 
 from tests.aot import compile_cuda
 from tests.emulator import attention, emulate
-from tests.emulator.arrays import ends, name_of
+from tests.emulator.arrays import ends
 from tests.emulator.attention import Attention
 from tests.emulator.loss import Loss
 from tests.emulator.packing import Packing
@@ -85,8 +85,8 @@ class Cost:
 
 
 @functools.cache
-def kernels(name: str) -> emulate.Kernels:
-    return emulate.Kernels(ROOT / "tests" / "emulator" / "kernels" / f"{name}.cpp")
+def kernels(name: str, *flags: str) -> emulate.Kernels:
+    return emulate.Kernels(ROOT / "tests" / "emulator" / "kernels" / f"{name}.cpp", flags=flags)
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,10 @@ def attention_costs(row: Row) -> Iterator[Cost]:
     dtype, size = DTYPES[row.dtype], 64
     q, k, v, grad = (torch.randn(n, 1, size).to(dtype) for n in (row.queries, row.keys, row.keys, row.queries))
     lengths = [row.queries], [row.keys]
-    call = Attention(kernels("packed_attention"), q, k, v, *lengths, row.causal, orders=ORDER)
+    call = Attention(kernels, q, k, v, *lengths, row.causal, orders=ORDER)
     call.backward(grad, None, *call.forward())
     pairs = sum(attention.seen("forward", row.queries, row.keys, row.causal))
-    for name, report in call.reports.items():
-        kernel = name.removesuffix(f"_{name_of(dtype)}")
+    for kernel, report in call.reports.items():
         if kernel == "plan":
             continue
         cost = functools.partial(Cost, "packed_attention", row.name, row.dtype, kernel, report)
@@ -140,7 +139,7 @@ def attention_costs(row: Row) -> Iterator[Cost]:
 
 def plan_costs(row: Row) -> Iterator[Cost]:
     q, k = (torch.zeros(BATCH * n, 1, 32, dtype=torch.float16) for n in (row.queries, row.keys))
-    call = Attention(kernels("packed_attention"), q, k, k, [row.queries] * BATCH, [row.keys] * BATCH, orders=ORDER)
+    call = Attention(kernels, q, k, k, [row.queries] * BATCH, [row.keys] * BATCH, orders=ORDER)
     call.plan(len(q), attention.MOST_WARPS, call.ends_q, call.ends_k)
     yield Cost("packed_attention", f"{BATCH} rows of {row.queries} tokens", "int32", "plan", call.reports["plan"])
 
@@ -250,12 +249,12 @@ def most(rows: list[dict[str, Any]]) -> str:
 
 def dynamic_shared(operator: str, kernel: str, dtype: str) -> str:
     """Bytes that the launcher asks for at the usual shape."""
-    name, size = name_of(DTYPES[dtype]), DTYPES[dtype].itemsize
+    size = DTYPES[dtype].itemsize
     if operator == "packed_attention" and kernel != "backward_delta<T>":
         head = int(re.findall(r"\d+", kernel)[0])
         which = kernel.partition("<")[0]
         warps = attention.MOST_WARPS if which == "forward" else attention.most_grad_warps(size, head)
-        return str(kernels(operator).call(f"{which}_bytes_{name}_{head}", warps))
+        return str(attention.library(kernels, DTYPES[dtype], head).call(f"{which}_bytes", warps))
     if operator == "modality_pool" and kernel.endswith("true>"):
         return str(2 * WIDTH * size)
     if operator == "multitask_cross_entropy" and kernel.endswith("true>"):

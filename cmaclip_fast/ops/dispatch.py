@@ -56,22 +56,35 @@ def requested(backend: str | None) -> str:
     return _in_use[-1] if _in_use else ""
 
 
-def implementation(operator: str, direction: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
-    """The function that computes `direction` ("forward", "backward") of `operator` on `tensor`'s device and dtype."""
+def implementation(
+    operator: str, direction: str, backend: str, tensor: Tensor, cannot: tuple[tuple[str, str], ...] = ()
+) -> Callable[..., Any]:
+    """The function that computes `direction` ("forward", "backward") of `operator` on `tensor`'s device and dtype.
+
+    `cannot` names backends that this call's shapes rule out, each with the reason.
+    """
     if not backend:
         backend = os.environ.get("CMACLIP_BACKEND", "auto")
         _check_name(backend, "the environment variable CMACLIP_BACKEND")
-    return _implementation(operator, direction, backend, tensor.device.type, tensor.dtype)
+    return _implementation(operator, direction, backend, tensor.device.type, tensor.dtype, cannot)
 
 
 @functools.cache
 def _implementation(
-    operator: str, direction: str, backend: str, device_type: str, dtype: torch.dtype
+    operator: str,
+    direction: str,
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype,
+    cannot: tuple[tuple[str, str], ...],
 ) -> Callable[..., Any]:
+    def reason_against(name: str) -> str | None:
+        return dict(cannot).get(name) or why_not(operator, name, device_type, dtype)
+
     if backend == "auto":
         candidates = _FASTEST_FIRST.get(device_type, ("reference",))
-        backend = next(name for name in candidates if why_not(operator, name, device_type, dtype) is None)
-    reason = why_not(operator, backend, device_type, dtype)
+        backend = next(name for name in candidates if reason_against(name) is None)
+    reason = reason_against(backend)
     if reason is not None:
         raise RuntimeError(f"{operator} cannot run on the backend '{backend}': {reason}")
     if backend == "reference":

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from cmaclip_fast.ops import autocast, checks, dispatch, reference
 
+# The largest that csrc/cuda/packed_attention_launch.h compiles.
+CUDA_HEAD_SIZE = 128
+
 
 def packed_attention(
     q: Tensor,
@@ -99,7 +102,7 @@ def _forward(
     checks.cu_seqlens("cu_seqlens_k", cu_seqlens_k, len(k), max_seqlen_k)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         checks.not_nan(name, tensor)
-    run = dispatch.implementation("packed_attention", "forward", backend, q)
+    run = dispatch.implementation("packed_attention", "forward", backend, q, _cannot(q))
     q, k, v = (_last_contiguous(x) for x in (q, k, v))
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     return run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal)
@@ -122,7 +125,7 @@ def _backward(
     causal: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = dispatch.implementation("packed_attention", "backward", backend, q)
+    run = dispatch.implementation("packed_attention", "backward", backend, q, _cannot(q))
     q, k, v = (_last_contiguous(x) for x in (q, k, v))
     return run(
         grad_out.contiguous(),
@@ -196,6 +199,11 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 torch.library.register_autograd("cmaclip::packed_attention", _autograd, setup_context=_setup_context)
+
+
+def _cannot(q: Tensor) -> tuple[tuple[str, str], ...]:
+    size = q.shape[2]
+    return (("cuda", f"it takes head sizes of at most {CUDA_HEAD_SIZE}, not {size}"),) if size > CUDA_HEAD_SIZE else ()
 
 
 def _last_contiguous(tensor: Tensor) -> Tensor:

@@ -8,6 +8,8 @@
 
 namespace cmaclip::packed_attention {
 
+constexpr int kMostSize = 128;
+
 struct Arguments {
   Shape shape;
   const int* ends_q;

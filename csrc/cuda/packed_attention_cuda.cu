@@ -8,8 +8,6 @@ namespace {
 namespace kernels = packed_attention;
 using torch::stable::narrow;
 
-constexpr int64_t kMostSize = 128;
-
 int64_t per_access(const Tensor& tensor) {
   return 16 / tensor.element_size();
 }
@@ -38,10 +36,8 @@ struct Prepared {
 
 Prepared prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& ends_q, const Tensor& ends_k,
                  int64_t longest_q, int64_t longest_k, double scale, bool causal) {
-  STD_TORCH_CHECK(q.size(2) <= kMostSize, "packed_attention cannot run on the backend 'cuda': it takes head sizes of at "
-                  "most 128, not ", q.size(2));
-  STD_TORCH_CHECK(q.size(1) <= 65535, "packed_attention cannot run on the backend 'cuda': it takes at most 65535 heads, "
-                  "not ", q.size(1));
+  STD_TORCH_CHECK(q.size(2) <= kernels::kMostSize, "packed_attention takes head sizes of at most 128, not ", q.size(2));
+  STD_TORCH_CHECK(q.size(1) <= 65535, "packed_attention takes at most 65535 heads on a GPU, not ", q.size(1));
   const int64_t step = per_access(q), size = (q.size(2) + step - 1) / step * step;
   const int rows = static_cast<int>(ends_q.size(0)) - 1;
   // A tile is at least as high as a warp's rows.

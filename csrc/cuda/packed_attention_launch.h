@@ -15,7 +15,7 @@ void for_head_size(int size, const F& run) {
   if (size <= 64) return run(std::integral_constant<int, 64>{});
   if (size <= 80) return run(std::integral_constant<int, 80>{});
   if (size <= 96) return run(std::integral_constant<int, 96>{});
-  return run(std::integral_constant<int, 128>{});
+  return run(std::integral_constant<int, kMostSize>{});
 }
 
 // Plans the tiles of one side and launches `kernel` on them.

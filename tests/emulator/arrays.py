@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .emulate import Kernels
 
-Load = Callable[[str], Kernels]
+Load = Callable[..., Kernels]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # In units of the dtype's epsilon, times the largest true value: what the order of a sum may cost.
 FLOOR = {torch.float32: 8.0, torch.float16: 1.0, torch.bfloat16: 1.0}

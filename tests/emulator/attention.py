@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import ceil_div, ends, name_of, nan_like, to_numpy, to_tensor
+from .arrays import Load, ceil_div, ends, nan_like, to_numpy, to_tensor
 from .emulate import ORDERS, Kernels, Report, module
 
 SIZES = (32, 64, 80, 96, 128)
+ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 ROWS_PER_WARP, MOST_WARPS = 16, 4
 
 
@@ -27,6 +28,10 @@ class Shape(ctypes.Structure):
         ("scale", ctypes.c_float),
         *((name, Strides) for name in "qkv"),
     )
+
+
+def library(kernels: Load, dtype: torch.dtype, size: int) -> Kernels:
+    return kernels("packed_attention", f"-DELEMENT={ELEMENTS[dtype]}", f"-DSIZE={size}")
 
 
 # Of each kernel: products of the tiled side's rows with the streamed side's, and sums weighted by them.
@@ -74,7 +79,7 @@ class Attention:
 
     def __init__(
         self,
-        library: Kernels,
+        kernels: Load,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -84,14 +89,15 @@ class Attention:
         scale: float | None = None,
         orders: Sequence[tuple[str, int]] = ORDERS,
     ) -> None:
-        self.library, self.dtype, self.orders = library, q.dtype, orders
+        self.dtype, self.orders = q.dtype, orders
         self.tokens_q, self.heads, self.size = q.shape
         self.tokens_k = len(k)
         self.longest_q, self.longest_k = max(q_lengths, default=0), max(k_lengths, default=0)
         self.causal, self.scale = causal, self.size**-0.5 if scale is None else scale
         self.rows = len(q_lengths)
         self.ends_q, self.ends_k = ends(q_lengths).numpy(), ends(k_lengths).numpy()
-        self.instance = f"{name_of(self.dtype)}_{next(size for size in SIZES if size >= self.size)}"
+        compiled = next(size for size in SIZES if size >= self.size)
+        self.library = library(kernels, self.dtype, compiled)
         self.given = {name: self._array(name, tensor) for name, tensor in (("q", q), ("k", k), ("v", v))}
         strides = [Strides(tensor.stride(0), tensor.stride(1)) for tensor in (q, k, v)]
         sizes = (self.rows, self.heads, self.size, self.tokens_q, self.tokens_k)
@@ -112,7 +118,7 @@ class Attention:
         report = self.library.launch_in_orders(
             kernel, grid, threads, [*shape, *arguments], dynamic_shared=shared, orders=self.orders
         )
-        self.reports[kernel.removesuffix(f"_{self.instance}")] = report.check()
+        self.reports[kernel] = report.check()
 
     def plan(self, tokens: int, warps: int, tiled: np.ndarray, other: np.ndarray) -> np.ndarray:
         limit = self.library.call("most_items", tokens, self.rows, warps * ROWS_PER_WARP)
@@ -127,9 +133,9 @@ class Attention:
         lse = nan_like((self.heads, self.tokens_q), torch.float32)
         warps = self.library.call("warps_for", self.longest_q, MOST_WARPS)
         items = self.plan(self.tokens_q, warps, self.ends_q, self.ends_k)
-        shared = self.library.call(f"forward_bytes_{self.instance}", warps)
+        shared = self.library.call("forward_bytes", warps)
         arguments = [items, self.ends_q, self.ends_k, *self.given.values(), out, lse]
-        self._launch(f"forward_{self.instance}", (len(items), self.heads), 32 * warps, arguments, shared)
+        self._launch("forward", (len(items), self.heads), 32 * warps, arguments, shared)
         return to_tensor(out, self.dtype), torch.from_numpy(lse)
 
     def backward(
@@ -140,7 +146,7 @@ class Attention:
         grad, given_lse = to_numpy(grad_out), to_numpy(lse)
         grid = (ceil_div(self.tokens_q * 8 * element, 128), self.heads)
         arguments = [to_numpy(out), grad, None if grad_lse is None else to_numpy(grad_lse), delta]
-        self._launch(f"backward_delta_{name_of(self.dtype)}", grid, 128, arguments)
+        self._launch("backward_delta", grid, 128, arguments)
         most = most_grad_warps(element, self.size)
         grads = [
             nan_like((tokens, self.heads, self.size), self.dtype) for tokens in (self.tokens_q, *2 * (self.tokens_k,))
@@ -152,9 +158,9 @@ class Attention:
         ):
             warps = self.library.call("warps_for", longest, most)
             items = self.plan(tokens, warps, tiled, other)
-            shared = self.library.call(f"backward_bytes_{self.instance}", warps)
+            shared = self.library.call("backward_bytes", warps)
             self._launch(
-                f"{kernel}_{self.instance}",
+                kernel,
                 (len(items), self.heads),
                 32 * warps,
                 [items, *common, *results],

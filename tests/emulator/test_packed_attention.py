@@ -40,7 +40,7 @@ def run(
         q, k, v = torch.stack([q, k, v], dim=1).unbind(1)
     else:
         q *= grow
-    call = Attention(kernels("packed_attention"), q, k, v, q_lengths, k_lengths, causal, scale, orders)
+    call = Attention(kernels, q, k, v, q_lengths, k_lengths, causal, scale, orders)
     rest = (ends(q_lengths), ends(k_lengths), call.longest_q, call.longest_k, call.scale, causal)
     plain = reference.packed_attention_forward(q, k, v, *rest)
     exact = reference.packed_attention_forward(q.double(), k.double(), v.double(), *rest)
@@ -116,7 +116,7 @@ def test_large_scores_do_not_overflow(kernels: Load) -> None:
 def test_nan_stays_in_its_query(kernels: Load) -> None:
     q, k, v = inputs([4, 4], [4, 4], 1, 32, torch.float16)
     q[1] = torch.nan
-    out, lse = Attention(kernels("packed_attention"), q, k, v, [4, 4], [4, 4], orders=FORWARD).forward()
+    out, lse = Attention(kernels, q, k, v, [4, 4], [4, 4], orders=FORWARD).forward()
     assert out[1].isnan().all() and lse[:, 1].isnan().all()
     others = [0, 2, 3, 4, 5, 6, 7]
     assert out[others].isfinite().all() and lse[:, others].isfinite().all()
@@ -125,7 +125,7 @@ def test_nan_stays_in_its_query(kernels: Load) -> None:
 def test_rows_with_most_keys_come_first(kernels: Load) -> None:
     lengths = [3, 300, 70, 0, 129]
     q, k, v = inputs(lengths, lengths, 1, 32, torch.float16)
-    call = Attention(kernels("packed_attention"), q, k, v, lengths, lengths)
+    call = Attention(kernels, q, k, v, lengths, lengths)
     items = call.plan(len(q), 4, call.ends_q, call.ends_k).view("int32").reshape(-1, 2)
     first = [0, 3, 303, 373, 373]
     expected = [(row, first[row] + at) for row in (1, 4, 2, 0) for at in range(0, lengths[row], 64)]

@@ -27,11 +27,15 @@ CASES = {
     "modality_pool, wide": lambda: modality_pool_case(2, 8, 20_001, 3),
     "pack_tokens": lambda: pack_tokens_case(64, 77, 50, 512),
     "pack_tokens, odd": lambda: pack_tokens_case(5, 7, 3, 33, typed=False, spare=4),
+    "pack_tokens, long rows": lambda: pack_tokens_case(2, 300, 50, 40),
+    "pack_tokens, more capacity than places": lambda: pack_tokens_case(2, 5, 4, 64, spare=99),
     "packed_attention": lambda: packed_attention_case([127, 1, 0, 60, 93], heads=8, size=64),
     "packed_attention, two queries": lambda: packed_attention_case([2] * 4, [127, 60, 3, 2], heads=8, size=64),
     "packed_attention, causal": lambda: packed_attention_case([33, 300], heads=3, size=96, causal=True),
     "multitask_cross_entropy": lambda: multitask_cross_entropy_case(64, [19, 61, 12], True, 0.1),
     "multitask_cross_entropy, many classes": lambda: multitask_cross_entropy_case(9, [100_000]),
+    "multitask_cross_entropy, odd": lambda: multitask_cross_entropy_case(9, [5001, 2], True, 0.1),
+    "multitask_cross_entropy, many tasks": lambda: multitask_cross_entropy_case(3, [40] * 600, True),
 }
 
 
@@ -85,8 +89,17 @@ def test_cuda_graph(name, backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-@pytest.mark.parametrize("name", ["modality_pool, small", "packed_attention"])
+@pytest.mark.parametrize("name", ["modality_pool, small", "pack_tokens", "packed_attention", "multitask_cross_entropy"])
 def test_second_device(name, backend):
     if torch.cuda.device_count() < 2:
         pytest.skip("there is only one GPU")
     check(case_of(name, backend), backend, torch.float32, "cuda:1")
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_label_past_the_last_class(backend):
+    """No error without waiting for the device, and no read past the row: the task's loss is NaN."""
+    arguments = case_of("multitask_cross_entropy", backend).tensors(torch.float32, "cuda")
+    arguments["labels"][5, 1] = 61
+    loss = ops.multitask_cross_entropy(**arguments, backend=backend)
+    assert loss.isnan().tolist() == [False, True, False]

@@ -73,6 +73,20 @@ def check(
         judge(f"{case.operator}, {backend}, {dtype}: {name}", got[name], plain[name], truth[name], dtype)
 
 
+def check_threads(case: Case, dtype: torch.dtype) -> None:
+    """Run a case in C++ on one and on three threads: the results are the same, bit by bit."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = case.run("cpp", dtype)
+        torch.set_num_threads(3)
+        got = case.run("cpp", dtype)
+    finally:
+        torch.set_num_threads(threads)
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+
+
 def judge(name: str, got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
     assert got.shape == truth.shape, f"{name}: shape {list(got.shape)}, not {list(truth.shape)}"
     assert torch.equal(got.isinf(), truth.isinf()), f"{name}: infinities differ"

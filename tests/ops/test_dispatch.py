@@ -85,6 +85,14 @@ def test_a_dtype_that_a_backend_lacks():
     assert modality_pool(**case.tensors(torch.float16))[0].dtype == torch.float16
 
 
+def test_a_shape_that_a_backend_lacks():
+    q = torch.zeros(1)
+    cannot = (("cpp", "it takes small shapes"),)
+    assert dispatch.implementation("modality_pool", "forward", "auto", q, cannot).__name__ == "run_plainly"
+    with pytest.raises(RuntimeError, match="modality_pool cannot run on the backend 'cpp': it takes small shapes"):
+        dispatch.implementation("modality_pool", "forward", "cpp", q, cannot)
+
+
 def test_reasons_without_extension(tmp_path):
     """In a process where the extension is hidden, `auto` still works and `cpp` says what is missing."""
     (tmp_path / "hide.py").write_text(

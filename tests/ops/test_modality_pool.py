@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import check, modality_pool_case, spread
+from support import check, check_threads, modality_pool_case, spread
 
 from cmaclip_fast.ops import modality_pool
 
@@ -71,16 +71,7 @@ def test_gradcheck():
 
 
 def test_same_gradient_for_any_number_of_threads():
-    case = modality_pool_case(64, 2, 512, 64)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = case.run("cpp", torch.float32)
-        torch.set_num_threads(2)
-        two = case.run("cpp", torch.float32)
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    check_threads(modality_pool_case(64, 2, 512, 64), torch.float32)
 
 
 @pytest.mark.parametrize(

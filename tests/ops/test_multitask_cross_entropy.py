@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support import check, ends, multitask_cross_entropy_case, spread
+from support import check, check_threads, ends, multitask_cross_entropy_case, spread
 
 from cmaclip_fast.ops import available_backends, multitask_cross_entropy
 
@@ -67,6 +67,26 @@ def test_a_task_without_labels_costs_nothing(backend):
     loss.sum().backward()
     assert torch.equal(logits.grad[:, 2:], torch.zeros(3, 3))
     assert (logits.grad[:, :2] != 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf])
+def test_infinite_logits(backend, value):
+    """A class that is ruled out by minus infinity takes no part, also where many neighbours are; as plain PyTorch."""
+    logits = torch.randn(3, 20_000)
+    logits[0, 4:9_000] = logits[1, 10_000:] = logits[2, 7] = value
+    labels = torch.tensor([[3], [9], [11]])
+    leaf = logits.clone().requires_grad_()
+    loss = multitask_cross_entropy(leaf, labels, torch.tensor([0, 20_000]), backend=backend)
+    torch.testing.assert_close(loss[0], F.cross_entropy(logits, labels[:, 0]))
+    if value < 0:
+        loss.sum().backward()
+        expected = torch.autograd.functional.jacobian(lambda x: F.cross_entropy(x, labels[:, 0]), logits)
+        torch.testing.assert_close(leaf.grad, expected)
+
+
+def test_same_gradient_for_any_number_of_threads():
+    check_threads(multitask_cross_entropy_case(70, [19, 9000], True, 0.1), torch.float32)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import check, pack_tokens_case, spread
+from support import check, check_threads, pack_tokens_case, spread
 
 from cmaclip_fast.ops import available_backends, pack_tokens
 
@@ -44,6 +44,10 @@ def test_text_goes_first_and_absent_modalities_have_no_tokens(backend):
     assert cu_seqlens.tolist() == [0, 4, 6, 9, 9]
     assert cu_seqlens.dtype == torch.int32
     assert packed[:, 0].tolist() == [100, 101, -1, -2, -3, -4, 106, 107, 108]
+
+
+def test_same_gradient_for_any_number_of_threads():
+    check_threads(pack_tokens_case(50, 20, 26, 192), torch.float32)
 
 
 def test_gradcheck():
