@@ -3,6 +3,7 @@
 # make results  train three seeds and write docs/results.md
 # make mutants  put faults into the CUDA and Triton kernels, one at a time: each must make a test fail
 # make gpu      run the tests that need an NVIDIA GPU, or say that they were not run
+# make tables   compile all kernels, count in the emulator, and write the tables of docs/kernels.md
 # make lint | clean
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: install demo results test mutants gpu lint clean
+.PHONY: install demo results tables test mutants gpu lint clean
 
 install: $(INSTALLED)
 
@@ -32,6 +33,9 @@ demo: install
 
 results: install
 	$(BIN)/python benchmarks/accuracy.py --seeds 0 --seeds 1 --seeds 2 --runs $(RUNS) --write docs/results.md
+
+tables: install
+	$(BIN)/python -m benchmarks.kernel_tables
 
 test: install lint
 	$(BIN)/python -m pytest

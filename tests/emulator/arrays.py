@@ -24,6 +24,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def ends(lengths: Sequence[int]) -> Tensor:
+    """Where each of the neighbouring parts ends, after the 0 where the first begins."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
 def to_numpy(tensor: Tensor) -> np.ndarray:
     """A copy as NumPy has it: bfloat16 as the integers with its bits."""
     tensor = tensor.detach().contiguous().clone()

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import Load, ceil_div, nan_like, to_numpy, to_tensor
-from .emulate import ORDERS, Report, module
+from .arrays import Load, ceil_div, ends, nan_like, to_numpy, to_tensor
+from .emulate import ORDERS, Kernels, Report, module
 
 SIZES = (32, 64, 80, 96, 128)
 ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
@@ -30,8 +30,48 @@ class Shape(ctypes.Structure):
     )
 
 
-def ends(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+def library(kernels: Load, dtype: torch.dtype, size: int) -> Kernels:
+    return kernels("packed_attention", f"-DELEMENT={ELEMENTS[dtype]}", f"-DSIZE={size}")
+
+
+# Of each kernel: products of the tiled side's rows with the streamed side's, and sums weighted by them.
+PRODUCTS = {"forward": (1, 1), "backward_q": (2, 1), "backward_kv": (2, 2)}
+
+
+def most_grad_warps(element_bytes: int, size: int) -> int:
+    return 2 if element_bytes == 4 and size > 64 else MOST_WARPS
+
+
+def depth_of(dtype: torch.dtype) -> int:
+    """Columns of the left operand that a tensor-core instruction takes."""
+    return 8 if dtype == torch.float32 else 16
+
+
+def seen(kernel: str, queries: int, keys: int, causal: bool) -> list[int]:
+    """Of each token on the kernel's tiled side, how many of the other side it meets."""
+    keys_of = [max(0, min(keys, query + 1 + keys - queries)) if causal else keys for query in range(queries)]
+    return [sum(key < n for n in keys_of) for key in range(keys)] if kernel == "backward_kv" else keys_of
+
+
+def fewest_instructions(
+    kernel: str, dtype: torch.dtype, queries: int, keys: int, size: int = 64, causal: bool = False
+) -> tuple[float, int]:
+    """A row's tensor-core instructions: what the arithmetic fills, and what whole instructions allow.
+
+    A whole instruction takes 16 rows, 8 columns and the depth of its dtype.
+    """
+    # Floats take six instructions for the scores and three for every other product.
+    score_cost, cost = (6, 3) if dtype == torch.float32 else (1, 1)
+    products, sums = PRODUCTS[kernel]
+    product_cost, depth = score_cost + (products - 1) * cost, depth_of(dtype)
+    others = seen(kernel, queries, keys, causal)
+    arithmetic = (product_cost + sums * cost) * sum(others) * size / (ROWS_PER_WARP * 8 * depth)
+    whole = 0
+    for first in range(0, len(others), ROWS_PER_WARP):
+        most = max(others[first : first + ROWS_PER_WARP])
+        whole += product_cost * ceil_div(most, 8) * ceil_div(size, depth)
+        whole += sums * cost * ceil_div(most, depth) * ceil_div(size, 8)
+    return arithmetic, whole
 
 
 class Attention:
@@ -57,7 +97,7 @@ class Attention:
         self.rows = len(q_lengths)
         self.ends_q, self.ends_k = ends(q_lengths).numpy(), ends(k_lengths).numpy()
         compiled = next(size for size in SIZES if size >= self.size)
-        self.library = kernels("packed_attention", f"-DELEMENT={ELEMENTS[self.dtype]}", f"-DSIZE={compiled}")
+        self.library = library(kernels, self.dtype, compiled)
         self.given = {name: self._array(name, tensor) for name, tensor in (("q", q), ("k", k), ("v", v))}
         strides = [Strides(tensor.stride(0), tensor.stride(1)) for tensor in (q, k, v)]
         sizes = (self.rows, self.heads, self.size, self.tokens_q, self.tokens_k)
@@ -80,7 +120,7 @@ class Attention:
         )
         self.reports[kernel] = report.check()
 
-    def _plan(self, tokens: int, warps: int, tiled: np.ndarray, other: np.ndarray) -> np.ndarray:
+    def plan(self, tokens: int, warps: int, tiled: np.ndarray, other: np.ndarray) -> np.ndarray:
         limit = self.library.call("most_items", tokens, self.rows, warps * ROWS_PER_WARP)
         items = np.full((limit, 2), -7, np.int32)
         # The kernel takes pairs of integers, 8 bytes an element.
@@ -92,7 +132,7 @@ class Attention:
         out = nan_like((self.tokens_q, self.heads, self.size), self.dtype)
         lse = nan_like((self.heads, self.tokens_q), torch.float32)
         warps = self.library.call("warps_for", self.longest_q, MOST_WARPS)
-        items = self._plan(self.tokens_q, warps, self.ends_q, self.ends_k)
+        items = self.plan(self.tokens_q, warps, self.ends_q, self.ends_k)
         shared = self.library.call("forward_bytes", warps)
         arguments = [items, self.ends_q, self.ends_k, *self.given.values(), out, lse]
         self._launch("forward", (len(items), self.heads), 32 * warps, arguments, shared)
@@ -107,7 +147,7 @@ class Attention:
         grid = (ceil_div(self.tokens_q * 8 * element, 128), self.heads)
         arguments = [to_numpy(out), grad, None if grad_lse is None else to_numpy(grad_lse), delta]
         self._launch("backward_delta", grid, 128, arguments)
-        most = 2 if element == 4 and self.size > 64 else MOST_WARPS
+        most = most_grad_warps(element, self.size)
         grads = [
             nan_like((tokens, self.heads, self.size), self.dtype) for tokens in (self.tokens_q, *2 * (self.tokens_k,))
         ]
@@ -117,7 +157,7 @@ class Attention:
             ("backward_kv", self.tokens_k, self.longest_k, self.ends_k, self.ends_q, grads[1:]),
         ):
             warps = self.library.call("warps_for", longest, most)
-            items = self._plan(tokens, warps, tiled, other)
+            items = self.plan(tokens, warps, tiled, other)
             shared = self.library.call("backward_bytes", warps)
             self._launch(
                 kernel,

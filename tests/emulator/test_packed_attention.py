@@ -8,8 +8,8 @@ from torch import Tensor
 
 from cmaclip_fast.ops import reference
 
-from .arrays import DTYPES, Load, assert_close
-from .attention import Attention, ends
+from .arrays import DTYPES, Load, assert_close, ends
+from .attention import PRODUCTS, Attention, fewest_instructions
 from .emulate import ORDERS
 
 FORWARD = ORDERS[:1]
@@ -126,7 +126,7 @@ def test_rows_with_most_keys_come_first(kernels: Load) -> None:
     lengths = [3, 300, 70, 0, 129]
     q, k, v = inputs(lengths, lengths, 1, 32, torch.float16)
     call = Attention(kernels, q, k, v, lengths, lengths)
-    items = call._plan(len(q), 4, call.ends_q, call.ends_k).view("int32").reshape(-1, 2)
+    items = call.plan(len(q), 4, call.ends_q, call.ends_k).view("int32").reshape(-1, 2)
     first = [0, 3, 303, 373, 373]
     expected = [(row, first[row] + at) for row in (1, 4, 2, 0) for at in range(0, lengths[row], 64)]
     assert [tuple(item) for item in items[: len(expected)]] == expected
@@ -139,12 +139,26 @@ def test_rows_with_most_keys_come_first(kernels: Load) -> None:
 def test_traffic_and_instructions(kernels: Load, lengths: list[int], dtype: torch.dtype) -> None:
     """As few sectors as can be, no bank conflicts, and tensor-core instructions near the arithmetic's minimum."""
     call = run(kernels, lengths, lengths, size=64, dtype=dtype)
-    # Floats take six instructions for the scores and three for every other product.
-    depth, scores, others = (8, 6, 3) if dtype == torch.float32 else (16, 1, 1)
     name = {torch.float16: "mma_f16", torch.bfloat16: "mma_bf16", torch.float32: "mma_tf32"}[dtype]
-    for kernel, products in (("forward", 2), ("backward_q", 3), ("backward_kv", 4)):
+    for kernel in PRODUCTS:
         report = call.reports[kernel]
         assert report.counts.sectors <= 1.05 * report.counts.fewest_sectors, kernel
         assert report.counts.bank_conflicts == 0, kernel
-        fewest = (scores + (products - 1) * others) * sum(n * n for n in lengths) * 64 / (16 * 8 * depth)
+        fewest = sum(fewest_instructions(kernel, dtype, n, n)[0] for n in lengths)
         assert report.instructions[name] <= 1.15 * fewest, kernel
+
+
+def test_fewest_instructions() -> None:
+    """By hand, 17 queries and 20 keys of size 64: two tiles of 16 rows; causal queries see from 4 to 20 keys."""
+    half, single = torch.float16, torch.float32
+    assert fewest_instructions("forward", half, 17, 20) == (2 * 17 * 20 * 64 / 2048, 2 * (3 * 4 + 2 * 8))
+    assert fewest_instructions("backward_q", half, 17, 20)[1] == 2 * (2 * 3 * 4 + 2 * 8)
+    assert fewest_instructions("backward_kv", half, 17, 20)[1] == 2 * (2 * 3 * 4 + 2 * 2 * 8)
+    assert fewest_instructions("forward", single, 17, 20) == ((6 + 3) * 17 * 20 * 64 / 1024, 2 * (6 + 3) * 3 * 8)
+    # The first 16 queries see up to 19 keys. The first four keys are seen by all queries, key 16 by four.
+    pairs = sum(range(4, 21))
+    assert fewest_instructions("forward", half, 17, 20, causal=True) == (2 * pairs * 64 / 2048, 2 * (3 * 4 + 2 * 8))
+    assert fewest_instructions("backward_kv", half, 17, 20, causal=True) == (
+        4 * pairs * 64 / 2048,
+        (2 * 3 * 4 + 2 * 2 * 8) + (2 * 1 * 4 + 2 * 1 * 8),
+    )
