@@ -70,19 +70,17 @@ def test_a_task_without_labels_costs_nothing(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("value", [-torch.inf, torch.inf])
-def test_infinite_logits(backend, value):
-    """A class that is ruled out by minus infinity takes no part, also where many neighbours are; as plain PyTorch."""
+def test_logits_of_minus_infinity(backend):
+    """A class that is ruled out takes no part, also where many neighbours are: as in plain PyTorch."""
     logits = torch.randn(3, 20_000)
-    logits[0, 4:9_000] = logits[1, 10_000:] = logits[2, 7] = value
+    logits[0, 4:9_000] = logits[1, 10_000:] = logits[2, 7] = -torch.inf
+    logits.requires_grad_()
     labels = torch.tensor([[3], [9], [11]])
-    leaf = logits.clone().requires_grad_()
-    loss = multitask_cross_entropy(leaf, labels, torch.tensor([0, 20_000]), backend=backend)
-    torch.testing.assert_close(loss[0], F.cross_entropy(logits, labels[:, 0]))
-    if value < 0:
-        loss.sum().backward()
-        expected = torch.autograd.functional.jacobian(lambda x: F.cross_entropy(x, labels[:, 0]), logits)
-        torch.testing.assert_close(leaf.grad, expected)
+    loss = multitask_cross_entropy(logits, labels, torch.tensor([0, 20_000]), backend=backend)
+    expected = F.cross_entropy(logits, labels[:, 0])
+    torch.testing.assert_close(loss[0], expected)
+    gradients = (torch.autograd.grad(x, logits)[0] for x in (loss.sum(), expected))
+    torch.testing.assert_close(*gradients)
 
 
 def test_same_gradient_for_any_number_of_threads():
