@@ -23,7 +23,7 @@ template <class Kernel, class... Rest>
 void launch_tiles(Kernel kernel, int tokens, int warps, int bytes, const Shape& shape, const int* tiled_ends,
                   const int* other_ends, Item* items, cudaStream_t stream, Rest... rest) {
   const int tile = warps * kRowsPerWarp, limit = work_list::most_items(tokens, shape.rows, tile);
-  work_list::plan<<<1, kWarp, 0, stream>>>(shape.rows, tokens, tile, limit, tiled_ends, other_ends, items);
+  work_list::plan<kTokensPerCost><<<1, kWarp, 0, stream>>>(shape.rows, tokens, tile, limit, tiled_ends, other_ends, items);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   kernel<<<dim3(limit, shape.heads), warps * kWarp, bytes, stream>>>(shape, items, rest...);

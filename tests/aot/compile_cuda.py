@@ -32,7 +32,7 @@ INSTANCES = {
         "backward_delta<T>",
         *(f"backward<T, {size}, {by_keys}>" for by_keys in ("false", "true") for size in (32, 64, 80, 96, 128)),
     ],
-    "work_list": ["plan"],
+    "work_list": ["plan<64>"],
     "pack_tokens": [
         "row_ends",
         *(f"{kernel}<T, {count}>" for kernel in ("pack", "unpack") for count in ("kPerAccess<T>", "1")),

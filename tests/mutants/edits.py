@@ -148,8 +148,8 @@ EDITS = (
     cuda(
         "packed_attention",
         "backward: queries before the tile's first key are not skipped, but one too many is",
-        "max(0, item.first - tiled.begin - lead)",
-        "max(0, item.first - tiled.begin - lead + 1)",
+        "max(0, token - tiled.begin - lead)",
+        "max(0, token - tiled.begin - lead + 1)",
     ),
     cuda(
         "packed_attention",

@@ -16,6 +16,8 @@ using work_list::Item;
 using work_list::Range;
 
 constexpr int kMostWarps = 4;
+// How finely rows are sorted by length.
+constexpr int kTokensPerCost = 64;
 // Scores stand in an exponent, where every bit of a float counts (tile.cuh, `multiply`).
 constexpr int kScoreParts = 3;
 
@@ -69,7 +71,7 @@ __device__ __forceinline__ int visible_keys(const Shape& shape, Range queries, R
 
 // out [Tq, H, E] and lse [H, Tq]. Grid (items, heads), 32 threads a warp, forward_bytes of shared memory.
 template <class T, int Size>
-__global__ void __launch_bounds__(kMostWarps* kWarp)
+__global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     forward(Shape shape, const Item* __restrict__ items, const int* __restrict__ ends_q,
             const int* __restrict__ ends_k, const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
             T* __restrict__ out, float* __restrict__ lse) {
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp)
 // delta [H, Tq] = the sum of out * grad_out over a head, less grad_lse, which may be null. Lanes in groups that read
 // 128 elements; grid (ceil(Tq * 128 / (threads * elements of an access)), heads).
 template <class T>
-__global__ void __launch_bounds__(kMostWarps* kWarp)
+__global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     backward_delta(Shape shape, const T* __restrict__ out, const T* __restrict__ grad_out,
                    const float* __restrict__ grad_lse, float* __restrict__ delta) {
   constexpr int kLanes = 128 / kPerAccess<T>;
@@ -200,7 +202,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp)
 // ByKeys true: grad_tiled and grad_second [Tk, H, E] are those of k and v; the sides change places.
 // Grid (items of the tiled side, heads), 32 threads a warp, backward_bytes of shared memory.
 template <class T, int Size, bool ByKeys>
-__global__ void __launch_bounds__(kMostWarps* kWarp)
+__global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     backward(Shape shape, const Item* __restrict__ items, const int* __restrict__ ends_q,
              const int* __restrict__ ends_k, const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
              const T* __restrict__ grad_out, const float* __restrict__ lse, const float* __restrict__ delta,
@@ -229,7 +231,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp)
   // Streamed tokens from `begin` to before `end`, counted in the row: what the tile's tokens see, or are seen by.
   const int last = min(item.first + block_rows, tiled.end) - 1;
   const int lead = shape.causal ? (keys.end - keys.begin) - (queries.end - queries.begin) : 0;
-  const int begin = ByKeys && shape.causal ? max(0, item.first - tiled.begin - lead) : 0;
+  const auto first_seeing = [&](int token) { return ByKeys && shape.causal ? max(0, token - tiled.begin - lead) : 0; };
+  const int begin = first_seeing(item.first), warp_begin = first_seeing(first);
   const int end = ByKeys ? streamed.end - streamed.begin : visible_keys(shape, queries, keys, last);
 
   const auto start_streamed = [&](int from, int buffer) {
@@ -271,7 +274,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp)
     isa::cp_async_wait<0>();
     __syncthreads();
     if (from + kColumns < end) start_streamed(from + kColumns, buffer ^ 1);
-    if (from >= warp_end) continue;
+    if (from >= warp_end || from + kColumns <= warp_begin) continue;
     const int columns = min(kColumns, warp_end - from), at = Layout<T, Size>::elements(buffer * kColumns);
     float powers[kColumns / 8][4], slopes[kColumns / 8][4];
     tile::multiply_rows<T, Size, kColumns, kScoreParts>(powers, tiled_a, row, streamed_a + at, columns);

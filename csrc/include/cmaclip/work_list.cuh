@@ -16,7 +16,7 @@ struct Range {
   int begin, end;
 };
 
-constexpr int kCosts = 64, kTokensPerCost = 64;
+constexpr int kCosts = 64;
 
 // At least as many items as a batch of that many tokens can have.
 __host__ __device__ constexpr int most_items(int64_t tokens, int rows, int tile) {
@@ -33,7 +33,8 @@ __device__ __forceinline__ Range other_range(const int* ends, int rows, int row)
 }
 
 // Writes all `limit` items. A row's cost is its number of other tokens: keys where queries are tiled, and vice versa.
-// One warp; a stable counting sort, so the order depends on the lengths only.
+// One warp; a stable counting sort by whole TokensPerCost, so the order depends on the lengths only.
+template <int TokensPerCost>
 __global__ void __launch_bounds__(kWarp)
     plan(int rows, int tokens, int tile, int limit, const int* __restrict__ tiled_ends,
          const int* __restrict__ other_ends, Item* __restrict__ items) {
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kWarp)
   const int lane = threadIdx.x;
   const auto cost_of = [&](int row) {
     const Range other = other_range(other_ends, rows, row);
-    return min((other.end - other.begin + kTokensPerCost - 1) / kTokensPerCost, kCosts - 1);
+    return min((other.end - other.begin + TokensPerCost - 1) / TokensPerCost, kCosts - 1);
   };
   const auto count_of = [&](int row) {
     const Range tiled = tiled_range(tiled_ends, rows, tokens, row);
