@@ -275,7 +275,7 @@ def cuda_section() -> list[str]:
             "slashes. Shared memory is bytes a block, static + dynamic: in `packed_attention` for four warps (two",
             "in the gradients of fp32 from size 80 on), in `modality_pool` for two modalities of width 512, in",
             "`multitask_cross_entropy` for 92 classes. Tensor-core instructions (`HMMA`) are counted in the machine",
-            "code, where a loop's body stands once.",
+            "code, where a loop's body stands once. A kernel of integers stands under fp16.",
         ),
         "",
         *paragraph(most(rows)),
