@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include <torch/headeronly/util/BFloat16.h>
 
@@ -24,8 +25,10 @@
 #define CMACLIP_REGISTERS 32
 CMACLIP_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
 namespace cmaclip::avx512 {
+namespace {
 #include "vec.inl"
 #include CMACLIP_KERNELS
+}  // namespace
 }  // namespace cmaclip::avx512
 CMACLIP_END_TARGET
 #undef CMACLIP_LANES
@@ -35,8 +38,10 @@ CMACLIP_END_TARGET
 #define CMACLIP_REGISTERS 16
 CMACLIP_BEGIN_TARGET("avx2,fma")
 namespace cmaclip::avx2 {
+namespace {
 #include "vec.inl"
 #include CMACLIP_KERNELS
+}  // namespace
 }  // namespace cmaclip::avx2
 CMACLIP_END_TARGET
 #undef CMACLIP_LANES
@@ -47,8 +52,10 @@ CMACLIP_END_TARGET
 #define CMACLIP_LANES 4
 #define CMACLIP_REGISTERS 16
 namespace cmaclip::portable {
+namespace {
 #include "vec.inl"
 #include CMACLIP_KERNELS
+}  // namespace
 }  // namespace cmaclip::portable
 #undef CMACLIP_LANES
 #undef CMACLIP_REGISTERS

@@ -71,6 +71,45 @@ inline Vec greater(Vec a, Vec b) {
   return a > b ? a : b;
 }
 
+// For each lane j, the lane of `a` and `b` one after the other that a step of `transpose` takes.
+template <int Half, int... J>
+inline void exchange(Vec& a, Vec& b, std::integer_sequence<int, J...>) {
+#if defined(__clang__)
+  const Vec low = __builtin_shufflevector(a, b, (J & Half ? kLanes + J - Half : J)...);
+  b = __builtin_shufflevector(a, b, (J & Half ? kLanes + J : J + Half)...);
+#else
+  const Vec low = __builtin_shuffle(a, b, IntVec{(J & Half ? kLanes + J - Half : J)...});
+  b = __builtin_shuffle(a, b, IntVec{(J & Half ? kLanes + J : J + Half)...});
+#endif
+  a = low;
+}
+
+// Row i becomes column i: halves are exchanged, then quarters, and so on.
+template <int Half = kLanes / 2>
+inline void transpose(Vec (&rows)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if ((i & Half) == 0) exchange<Half>(rows[i], rows[i + Half], std::make_integer_sequence<int, kLanes>{});
+  if constexpr (Half > 1) transpose<Half / 2>(rows);
+}
+
+// 2 to the power x; 0 below the least normal result. Relative error at most 1e-7 for x <= 127; NaN stays NaN.
+inline Vec power_of_two(Vec x) {
+  // Adding 1.5 * 2^23 rounds to the nearest integer; 127 more leaves the result's exponent in the low bits.
+  const float shift = 12582912.0f + 127;
+  const Vec shifted = x + shift;
+  const Vec r = x - (shifted - shift);
+  Vec p = splat(1.53533620e-4f);
+  p = p * r + 1.33988750e-3f;
+  p = p * r + 9.61843692e-3f;
+  p = p * r + 5.55033237e-2f;
+  p = p * r + 2.40226477e-1f;
+  p = p * r + 6.93147182e-1f;
+  p = p * r + 1.0f;
+  p = p * (Vec)((IntVec)shifted << 23);
+  return x < -126.0f ? Vec{} : p;
+}
+
 // e to the power x; 0 below the least normal result. Relative error at most 2e-7 for x <= 88.
 inline Vec exponential(Vec x) {
   const Vec least = splat(-87.33654f), most = splat(88.72283f);

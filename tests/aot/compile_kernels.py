@@ -1,6 +1,7 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and prints what each needs as JSON lines.
 
-Run as a command: `TRITON_INTERPRET=0 python tests/aot/compile_kernels.py [OPERATOR ...]`.
+Run as a command: `TRITON_INTERPRET=0 python tests/aot/compile_kernels.py [--all] [OPERATOR ...]`. Without `--all`, only
+the largest of the configurations that packed_attention is tuned over. A kernel without stack has no spills.
 """
 
 from __future__ import annotations
@@ -12,19 +13,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
-DTYPES = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+# A kernel's name, the types of its arguments ("T": the dtype) and its constants, with `num_warps` and `num_stages`.
+Variant = tuple[str, dict[str, Any], dict[str, Any]]
 
 
-def modality_pool() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Kernels of modality_pool with the types of their arguments ("T": the dtype) and their constants."""
+def modality_pool(dtype: str, every: bool) -> Iterator[Variant]:
     for modalities in (2, 8):
         blocks = {"MODALITIES": modalities} | kernels_of("modality_pool")._blocks(modalities, 512)
         sizes = {"tasks": "i32", "width": "i32"}
@@ -55,37 +60,99 @@ def modality_pool() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         )
 
 
-VARIANTS = {"modality_pool": modality_pool}
+def pack_tokens(dtype: str, every: bool) -> Iterator[Variant]:
+    kernels = kernels_of("pack_tokens")
+    counts = {"text_lengths": "*i32", "present": "*i1", "cu_seqlens": "*i32"}
+    sizes = dict.fromkeys(("length", "patches", "tokens", "width"), "i32")
+    blocks = kernels._blocks(512)
+    yield "cu_seqlens_kernel", counts | sizes | {"rows": "i32"}, {"BLOCK_B": 1024}
+    tokens = {"text": "T", "image": "T", "type_embedding": "T", "packed": "T", "rows": "i32"}
+    yield "pack_kernel", tokens | counts | sizes, blocks
+    grads = {"grad_packed": "T", "grad_text": "T", "grad_image": "T", "partial": "*fp32"}
+    yield "unpack_kernel", grads | counts | sizes, blocks | {"CHUNK": kernels.CHUNK}
+    sums = {"partial": "*fp32", "grad_type": "T", "partials": "i32", "width": "i32"}
+    yield "type_kernel", sums, {"BLOCK_R": 32, "BLOCK_D": 64}
+
+
+def packed_attention(dtype: str, every: bool) -> Iterator[Variant]:
+    kernels = kernels_of("packed_attention")
+    tensors = dict.fromkeys(("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"), "T")
+    sums = dict.fromkeys(("lse", "grad_lse", "delta"), "*fp32")
+    ends = {"cu_seqlens_q": "*i32", "cu_seqlens_k": "*i32"}
+    strides = {f"{name}_{of}": "i32" for name in "qkv" for of in ("token", "head")}
+    sizes = dict.fromkeys(("rows", "tokens", "tokens_q", "tokens_k", "longest_q", "longest_k"), "i32")
+    types = {**tensors, **sums, **ends, **strides, **sizes, "scale": "fp32"}
+    listed = {"forward_kernel": "QUERY_BLOCKS", "grad_q_kernel": "QUERY_BLOCKS", "grad_kv_kernel": "KEY_BLOCKS"}
+    for size in (32, 64, 80, 128) if every else (64, 128):
+        block_e = triton.next_power_of_2(size)
+        for name, blocks in listed.items():
+            configs = kernels.selectable(getattr(kernels, blocks), block_e, DTYPES[dtype], 1024, 1024)
+            for block_q, block_k, warps, stages in configs if every else configs[-1:]:
+                tuned = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+                yield name, types, {"SIZE": size, "BLOCK_E": block_e, "CAUSAL": True} | tuned
+
+
+def multitask_cross_entropy(dtype: str, every: bool) -> Iterator[Variant]:
+    sums = dict.fromkeys(("row_loss", "row_weight", "loss", "lse", "weight_sum", "grad_loss"), "*fp32")
+    logits = dict.fromkeys(("logits", "class_weight", "grad_logits"), "T") | {"labels": "*i64", "offsets": "*i32"}
+    sizes = {"rows": "i32", "tasks": "i32", "width": "i32", "label_share": "fp32", "smoothing": "fp32"}
+    types = sums | logits | sizes
+    yield "loss_kernel", types, {"BLOCK_B": 64, "BLOCK_K": 16}
+    for block, warps in ((32, 1), (1024, 4)):
+        for kernel in ("row_kernel", "grad_kernel"):
+            yield kernel, types, {"SMOOTH": True, "BLOCK_C": block, "num_warps": warps}
+
+
+VARIANTS = {
+    "modality_pool": modality_pool,
+    "pack_tokens": pack_tokens,
+    "packed_attention": packed_attention,
+    "multitask_cross_entropy": multitask_cross_entropy,
+}
 
 
 def kernels_of(operator: str) -> Any:
     return importlib.import_module(f"cmaclip_fast.kernels.{operator}")
 
 
-def compile_all(operators: list[str]) -> Iterator[dict[str, Any]]:
+def compile_all(operators: list[str], every: bool = False) -> Iterator[dict[str, Any]]:
+    with ProcessPoolExecutor(2) as pool:
+        yield from pool.map(compile_one, *zip(*list_all(operators, every), strict=True))
+
+
+def list_all(operators: list[str], every: bool) -> Iterator[tuple[str, str, int, Variant]]:
     for operator in operators:
-        for name, types, constants in VARIANTS[operator]():
-            for dtype, pointer in DTYPES.items():
+        for dtype in DTYPES:
+            for variant in VARIANTS[operator](dtype, every):
                 for architecture in ARCHITECTURES:
-                    row = {"operator": operator, "kernel": name, "constants": constants, "dtype": dtype}
-                    kernel = getattr(kernels_of(operator), name)
-                    yield (
-                        row
-                        | {"architecture": architecture}
-                        | resources(kernel, types, constants, pointer, architecture)
-                    )
+                    yield operator, dtype, architecture, variant
+
+
+def compile_one(operator: str, dtype: str, architecture: int, variant: Variant) -> dict[str, Any]:
+    name, types, constants = variant
+    row = {"operator": operator, "kernel": name, "constants": constants, "dtype": dtype, "architecture": architecture}
+    kernel = getattr(kernels_of(operator), name)
+    if isinstance(kernel, triton.runtime.Autotuner):
+        kernel = kernel.fn
+    return row | resources(kernel, types, constants, f"*{dtype}", architecture)
 
 
 def resources(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], pointer: str, architecture: int
 ) -> dict[str, Any]:
+    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    constants = {name: value for name, value in constants.items() if name not in options}
     signature = {
         name: "constexpr" if name in constants else types[name].replace("T", pointer) for name in kernel.arg_names
     }
-    aligned = [(i,) for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name == "width"]
-    attributes = {index: [["tt.divisibility", 16]] for index in aligned}
+    # Pointers, widths and strides as they are in a model.
+    whole = [
+        signature[name].startswith("*") or name == "width" or name.endswith(("_token", "_head"))
+        for name in kernel.arg_names
+    ]
+    attributes = {(i,): [["tt.divisibility", 16]] for i, divisible in enumerate(whole) if divisible}
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -103,5 +170,6 @@ def resources(
 
 
 if __name__ == "__main__":
-    for row in compile_all(sys.argv[1:] or list(VARIANTS)):
+    names = [name for name in sys.argv[1:] if name != "--all"]
+    for row in compile_all(names or list(VARIANTS), every="--all" in sys.argv):
         print(json.dumps(row), flush=True)

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 
-OPERATORS = ["modality_pool"]
-KERNELS = {"modality_pool": {"forward_kernel", "scores_kernel", "embeddings_kernel", "weight_kernel"}}
+KERNELS = {
+    "modality_pool": {"forward_kernel", "scores_kernel", "embeddings_kernel", "weight_kernel"},
+    "pack_tokens": {"cu_seqlens_kernel", "pack_kernel", "unpack_kernel", "type_kernel"},
+    "packed_attention": {"forward_kernel", "grad_q_kernel", "grad_kv_kernel"},
+    "multitask_cross_entropy": {"row_kernel", "loss_kernel", "grad_kernel"},
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", KERNELS)
 def test_compiles_without_spills(operator):
     command = [sys.executable, Path(__file__).with_name("compile_kernels.py"), operator]
     # Compilation needs the compiled form of the kernels, which a process has instead of the interpreted one.
@@ -29,3 +33,5 @@ def test_compiles_without_spills(operator):
     spilled = [row for row in rows if row["stack"] > 0]
     assert not spilled, spilled
     assert all(row["registers"] <= 255 and row["shared"] <= 99 * 1024 for row in rows)
+    if operator == "packed_attention":
+        assert all((row["tensor_core"] > 0) == (row["dtype"] != "fp32") for row in rows)

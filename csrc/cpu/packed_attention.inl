@@ -1,0 +1,331 @@
+// The kernels of packed_attention, compiled once for each instruction set.
+//
+// Scores are held transposed, keys by queries, so that a lane is a query: maxima and sums over keys need no shuffles,
+// and keys and values are multiplied in the layout that they have.
+
+constexpr int64_t kTileColumns = CMACLIP_REGISTERS == 32 ? 4 : 2;
+constexpr float kLog2E = 1.44269504f;
+
+// The rows of a tile of `columns` vectors: as many as leave registers for one row of b and one element of a.
+constexpr int tile_rows(int columns) {
+  constexpr int wide[] = {0, 12, 12, 8, 6}, narrow[] = {0, 10, 6};
+  return CMACLIP_REGISTERS == 32 ? wide[columns] : narrow[columns];
+}
+
+// c = a b, or c = factor c + a b if `add`: a is [R, depth], or [depth, R] if Across, b [depth, C vectors], c [R, C].
+template <int R, int C, bool Across>
+__attribute__((noinline)) void multiply_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                   bool add, const float* factor) {
+  Vec total[R][C] = {};
+  // Every third row has a pointer, and the others an offset that an address can hold.
+  constexpr int kPointers = (R + 2) / 3;
+  const float* row[kPointers];
+#pragma GCC unroll 8
+  for (int p = 0; p < kPointers; ++p) row[p] = a + 3 * p * lda;
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec across[C];
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) across[j] = load(b + j * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec x = splat(Across ? a[r] : row[r / 3][r % 3 * lda]);
+#pragma GCC unroll 4
+      for (int j = 0; j < C; ++j) total[r][j] += x * across[j];
+    }
+    b += ldb;
+    if (Across) a += lda;
+#pragma GCC unroll 8
+    for (int p = 0; p < kPointers; ++p) ++row[p];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) {
+      float* const to = c + r * ldc + j * kLanes;
+      // What is there is added last, which keeps the error of a sum in many blocks small.
+      if (add) total[r][j] += (factor == nullptr ? 1 : factor[r]) * load(to);
+      store(to, total[r][j]);
+    }
+}
+
+template <int R, int C, bool Across, typename... Arguments>
+inline void multiply_rows(int64_t rows, Arguments... arguments) {
+  if (rows == R) return multiply_tile<R, C, Across>(arguments...);
+  if constexpr (R > 1) multiply_rows<R - 1, C, Across>(rows, arguments...);
+}
+
+template <int C, bool Across>
+__attribute__((noinline)) void multiply_columns(int64_t columns, int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
+                      int64_t ldb, float* c, int64_t ldc, bool add, const float* factor) {
+  if constexpr (C > 1)
+    if (columns < C)
+      return multiply_columns<C - 1, Across>(columns, rows, depth, a, lda, b, ldb, c, ldc, add, factor);
+  constexpr int kRows = tile_rows(C);
+  for (int64_t r = 0; r < rows; r += kRows)
+    multiply_rows<kRows, C, Across>(rows - r < kRows ? rows - r : kRows, depth, a + (Across ? r : r * lda), lda, b, ldb,
+                                    c + r * ldc, ldc, add, factor == nullptr ? nullptr : factor + r);
+}
+
+// As multiply_tile, for any number of rows, and of columns in whole vectors.
+template <bool Across>
+__attribute__((noinline)) void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+              float* c, int64_t ldc, bool add, const float* factor = nullptr) {
+  int64_t vectors = columns / kLanes;
+  for (int64_t groups = (vectors + kTileColumns - 1) / kTileColumns; groups > 0; --groups) {
+    const int64_t width = (vectors + groups - 1) / groups;
+    multiply_columns<kTileColumns, Across>(width, rows, depth, a, lda, b, ldb, c, ldc, add, factor);
+    vectors -= width;
+    b += width * kLanes;
+    c += width * kLanes;
+  }
+}
+
+// Copies rows of `size` elements to rows of `padded`, filled up with 0.
+template <typename T>
+__attribute__((noinline)) void pack(int64_t rows, int64_t size, const T* from, int64_t stride, float* to, int64_t padded) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t e = 0; e < padded; e += kLanes) store(to + r * padded + e, load(from + r * stride + e, size - e));
+}
+
+// The same, transposed and multiplied by `factor`: to [padded, width], 0 where there is no row.
+template <typename T>
+__attribute__((noinline)) void pack_transposed(int64_t rows, int64_t size, const T* from, int64_t stride, float factor, float* to,
+                     int64_t width) {
+  for (int64_t e = 0; e < size; e += kLanes)
+    for (int64_t r = 0; r < width; r += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        block[i] = r + i < rows ? factor * load(from + (r + i) * stride + e, size - e) : Vec{};
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(to + (e + i) * width + r, block[i]);
+    }
+}
+
+template <typename T>
+__attribute__((noinline)) void unpack(int64_t rows, int64_t size, const float* from, int64_t padded, float factor, T* to, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t e = 0; e < size; e += kLanes)
+      store(to + r * stride + e, factor * load(from + r * padded + e), size - e);
+}
+
+// A block of scores: keys from `key`, queries from `query`, [keys, width]. A query sees the keys up to its own number
+// plus `offset`.
+struct ScoreBlock {
+  int64_t key, keys, query, width, offset;
+
+  // Where query `lane` of vector `j` sees key k.
+  IntVec visible(int64_t k, int64_t j) const {
+    IntVec lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    return lane + (int32_t)(query + j + offset - key - k) >= 0;
+  }
+};
+
+// Scores that the mask hides become minus infinity.
+inline void hide(const ScoreBlock& block, float* scores) {
+  const int64_t first = block.query + block.offset + 1 - block.key;
+  for (int64_t k = first > 0 ? first : 0; k < block.keys; ++k)
+    for (int64_t j = 0; j < block.width; j += kLanes) {
+      float* const at = scores + k * block.width + j;
+      store(at, block.visible(k, j) ? load(at) : splat(-INFINITY));
+    }
+}
+
+// Scores become exponentials; the maxima and sums of their queries so far are brought up to date, and `factor` says by
+// what to multiply the sums of values.
+__attribute__((noinline)) inline void online_softmax(const ScoreBlock& block, float* scores, float* most, float* total, float* factor) {
+  const int64_t width = block.width, size = block.keys * width;
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const Vec before = load(most + j);
+    Vec even = before, odd = before;
+    int64_t at = j;
+    for (; at + width < size; at += 2 * width) {
+      even = greater(load(scores + at), even);
+      odd = greater(load(scores + at + width), odd);
+    }
+    if (at < size) even = greater(load(scores + at), even);
+    const Vec now = greater(even, odd);
+    const Vec base = now == -INFINITY ? Vec{} : now;
+    Vec added{};
+    for (at = j; at < size; at += width) {
+      const Vec p = power_of_two((load(scores + at) - base) * kLog2E);
+      store(scores + at, p);
+      added += p;
+    }
+    const Vec shrink = power_of_two((before - base) * kLog2E);
+    store(most + j, now);
+    store(factor + j, shrink);
+    store(total + j, load(total + j) * shrink + added);
+  }
+}
+
+// Scores become probabilities, and `grads`, the gradients of the probabilities, those of the unscaled scores.
+__attribute__((noinline)) inline void softmax_backward(const ScoreBlock& block, float* scores, float* grads, const float* lse,
+                             const float* delta) {
+  const int64_t width = block.width, size = block.keys * width;
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const Vec query_lse = load(lse + j), query_delta = load(delta + j);
+    for (int64_t at = j; at < size; at += width) {
+      const Vec p = power_of_two((load(scores + at) - query_lse) * kLog2E);
+      store(scores + at, p);
+      store(grads + at, p * (load(grads + at) - query_delta));
+    }
+  }
+}
+
+inline int64_t padded_size(int64_t size) {
+  return (size + kLanes - 1) / kLanes * kLanes;
+}
+
+inline int64_t forward_buffer(int64_t size) {
+  const int64_t padded = padded_size(size);
+  return kQueryChunk * (2 * padded + 3) + kKeyBlock * (2 * padded + kQueryBlock);
+}
+
+// Queries query_begin:query_end, at most kQueryChunk.
+template <typename T>
+void attention(const Head<T>& head, int64_t query_begin, int64_t query_end, T* out, float* lse, float* buffer) {
+  const int64_t padded = padded_size(head.size), queries = query_end - query_begin;
+  float* const transposed = buffer;
+  float* const sums = transposed + kQueryChunk * padded;
+  float* const keys = sums + kQueryChunk * padded;
+  float* const values = keys + kKeyBlock * padded;
+  float* const scores = values + kKeyBlock * padded;
+  float* const most = scores + kKeyBlock * kQueryBlock;
+  float* const total = most + kQueryChunk;
+  float* const factor = total + kQueryChunk;
+  const Blocks blocks(queries, kQueryBlock, kQueryUnit);
+  for (int64_t i = 0; i < kQueryChunk; ++i) most[i] = -INFINITY, total[i] = 0;
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    const int64_t begin = blocks.begin(b);
+    pack_transposed(blocks.end(b) - begin, head.size, head.q + (query_begin + begin) * head.q_stride, head.q_stride,
+                    head.scale, transposed + begin * padded, blocks.width(b));
+  }
+  const int64_t seen = visible_keys(query_end - 1, head.offset, head.keys);
+  const Blocks key_blocks(seen, kKeyBlock, 1);
+  if (seen == 0) std::memset(sums, 0, queries * padded * sizeof(float));
+  for (int64_t kb = 0; kb < key_blocks.count; ++kb) {
+    const int64_t key = key_blocks.begin(kb), count = key_blocks.end(kb) - key;
+    pack(count, head.size, head.k + key * head.k_stride, head.k_stride, keys, padded);
+    pack(count, head.size, head.v + key * head.v_stride, head.v_stride, values, padded);
+    for (int64_t b = 0; b < blocks.count; ++b) {
+      const int64_t begin = blocks.begin(b), end = blocks.end(b), width = blocks.width(b);
+      const int64_t block_keys = visible_keys(query_begin + end - 1, head.offset, key + count) - key;
+      if (block_keys <= 0) {
+        if (kb == 0) std::memset(sums + begin * padded, 0, (end - begin) * padded * sizeof(float));
+        continue;
+      }
+      const ScoreBlock block{key, block_keys, query_begin + begin, width, head.offset};
+      multiply<false>(block_keys, width, head.size, keys, padded, transposed + begin * padded, width, scores, width,
+                      false);
+      hide(block, scores);
+      online_softmax(block, scores, most + begin, total + begin, factor + begin);
+      multiply<true>(end - begin, padded, block_keys, scores, width, values, padded, sums + begin * padded, padded,
+                     kb > 0, factor + begin);
+    }
+  }
+  for (int64_t i = 0; i < queries; ++i) {
+    const bool none = total[i] == 0;
+    unpack(1, head.size, sums + i * padded, padded, none ? 0 : 1 / total[i],
+           out + (query_begin + i) * head.out_stride, 0);
+    lse[query_begin + i] = none ? -INFINITY : most[i] + std::log(total[i]);
+  }
+}
+
+inline int64_t backward_buffer(int64_t size) {
+  const int64_t padded = padded_size(size);
+  return 4 * key_chunk(size) * padded + kQueryBlock * (5 * padded + 2) + 2 * kKeyBlock * kQueryBlock;
+}
+
+// delta[i] = the dot product of out and grad_out, of up to kLanes queries.
+template <typename T>
+Vec dots(int64_t rows, int64_t size, const T* a, const T* b, int64_t stride) {
+  Vec parts[kLanes] = {};
+  for (int64_t r = 0; r < rows && r < kLanes; ++r)
+    for (int64_t e = 0; e < size; e += kLanes)
+      parts[r] += load(a + r * stride + e, size - e) * load(b + r * stride + e, size - e);
+  transpose(parts);
+  Vec total = parts[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < kLanes; ++i) total += parts[i];
+  return total;
+}
+
+// Keys key_begin:key_end, at most key_chunk(size): their gradients, and what they add to the queries' gradients.
+template <typename T, typename Q>
+void attention_backward(const Head<T>& head, int64_t key_begin, int64_t key_end, const T* grad_out, const T* out,
+                        const float* lse, const float* grad_lse, Q* grad_q, int64_t grad_q_stride, T* grad_k, T* grad_v,
+                        float* buffer) {
+  const int64_t padded = padded_size(head.size), chunk = key_end - key_begin;
+  float* const keys = buffer;
+  float* const values = keys + chunk * padded;
+  float* const key_grads = values + chunk * padded;
+  float* const value_grads = key_grads + chunk * padded;
+  float* const q = value_grads + chunk * padded;
+  float* const q_transposed = q + kQueryBlock * padded;
+  float* const grad = q_transposed + kQueryBlock * padded;
+  float* const grad_transposed = grad + kQueryBlock * padded;
+  float* const query_grads = grad_transposed + kQueryBlock * padded;
+  float* const scores = query_grads + kQueryBlock * padded;
+  float* const score_grads = scores + kKeyBlock * kQueryBlock;
+  float* const block_lse = score_grads + kKeyBlock * kQueryBlock;
+  float* const delta = block_lse + kQueryBlock;
+  pack(chunk, head.size, head.k + key_begin * head.k_stride, head.k_stride, keys, padded);
+  pack(chunk, head.size, head.v + key_begin * head.v_stride, head.v_stride, values, padded);
+  std::memset(key_grads, 0, 2 * chunk * padded * sizeof(float));
+  const Blocks blocks(head.queries, kQueryBlock, kQueryUnit);
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    const int64_t query = blocks.begin(b), queries = blocks.end(b) - query, width = blocks.width(b);
+    const int64_t seen = visible_keys(query + queries - 1, head.offset, key_end) - key_begin;
+    if (seen <= 0) {
+      std::memset(query_grads, 0, queries * padded * sizeof(float));
+      unpack(queries, head.size, query_grads, padded, 1, grad_q + query * grad_q_stride, grad_q_stride);
+      continue;
+    }
+    const T* const block_q = head.q + query * head.q_stride;
+    const T* const block_grad = grad_out + query * head.out_stride;
+    pack(queries, head.size, block_q, head.q_stride, q, padded);
+    pack(queries, head.size, block_grad, head.out_stride, grad, padded);
+    pack_transposed(queries, head.size, block_q, head.q_stride, head.scale, q_transposed, width);
+    pack_transposed(queries, head.size, block_grad, head.out_stride, 1.0f, grad_transposed, width);
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const int64_t at = query + i, rows = queries - i;
+      const Vec found = load(lse + at, rows > 0 ? rows : 0);
+      store(block_lse + i, found == -INFINITY ? Vec{} : found);
+      Vec d = dots(rows, head.size, block_grad + i * head.out_stride, out + at * head.out_stride, head.out_stride);
+      if (grad_lse != nullptr) d -= load(grad_lse + at, rows > 0 ? rows : 0);
+      store(delta + i, d);
+    }
+    const Blocks key_blocks(seen, kKeyBlock, 1);
+    for (int64_t kb = 0; kb < key_blocks.count; ++kb) {
+      const int64_t key = key_blocks.begin(kb), count = key_blocks.end(kb) - key;
+      const ScoreBlock block{key_begin + key, count, query, width, head.offset};
+      multiply<false>(count, width, head.size, keys + key * padded, padded, q_transposed, width, scores, width, false);
+      multiply<false>(count, width, head.size, values + key * padded, padded, grad_transposed, width, score_grads,
+                      width, false);
+      hide(block, scores);
+      softmax_backward(block, scores, score_grads, block_lse, delta);
+      multiply<false>(count, padded, queries, scores, width, grad, padded, value_grads + key * padded, padded, true);
+      multiply<false>(count, padded, queries, score_grads, width, q, padded, key_grads + key * padded, padded, true);
+      multiply<true>(queries, padded, count, score_grads, width, keys + key * padded, padded, query_grads, padded,
+                     kb > 0);
+    }
+    unpack(queries, head.size, query_grads, padded, head.scale, grad_q + query * grad_q_stride, grad_q_stride);
+  }
+  unpack(chunk, head.size, key_grads, padded, head.scale, grad_k + key_begin * head.out_stride, head.out_stride);
+  unpack(chunk, head.size, value_grads, padded, 1, grad_v + key_begin * head.out_stride, head.out_stride);
+}
+
+// The sum of `parts` arrays [rows, size], in their order.
+template <typename T>
+void add_parts(int64_t parts, int64_t rows, int64_t size, const float* from, int64_t part_stride, T* to,
+               int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t e = 0; e < size; e += kLanes) {
+      Vec total{};
+      for (int64_t p = 0; p < parts; ++p) total += load(from + p * part_stride + r * size + e, size - e);
+      store(to + r * stride + e, total, size - e);
+    }
+}
