@@ -19,23 +19,28 @@ Blocks = tuple[int, int, int, int]  # BLOCK_Q, BLOCK_K, num_warps, num_stages
 # By the greatest head size, then whether float32; small blocks first. All hold without spills and within 99 KiB of
 # shared memory on sm_80, sm_90 and sm_100, except float32's gradient of q beyond a head size of 128. Products of
 # float32 stay off the tensor cores, to be exact, and take their operands from registers.
-QUERY_BLOCKS: dict[float, dict[bool, list[Blocks]]] = {
+FORWARD_BLOCKS: dict[float, dict[bool, list[Blocks]]] = {
     64: {
         False: [(16, 32, 2, 2), (16, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
-        True: [(16, 16, 4, 1), (16, 32, 4, 1), (32, 32, 8, 1)],
+        True: [(16, 16, 4, 1), (16, 32, 4, 1)],
     },
     128: {False: [(16, 32, 2, 2), (16, 64, 4, 2), (64, 64, 8, 1)], True: [(16, 16, 8, 1)]},
     math.inf: {False: [(16, 16, 4, 1)], True: [(16, 16, 8, 1)]},
 }
-KEY_BLOCKS: dict[float, dict[bool, list[Blocks]]] = {
+GRAD_Q_BLOCKS: dict[float, dict[bool, list[Blocks]]] = {
+    64: {
+        False: [(16, 32, 2, 2), (16, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
+        True: [(16, 16, 4, 1), (16, 32, 4, 1), (32, 32, 8, 1)],
+    },
+    128: {False: [(16, 32, 2, 2), (16, 64, 4, 2), (64, 32, 4, 2)], True: [(16, 16, 8, 1)]},
+    math.inf: {False: [(16, 16, 4, 1)], True: [(16, 16, 8, 1)]},
+}
+GRAD_KV_BLOCKS: dict[float, dict[bool, list[Blocks]]] = {
     64: {
         False: [(16, 32, 2, 2), (16, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2)],
         True: [(16, 16, 4, 1), (16, 32, 4, 1), (32, 32, 8, 1)],
     },
-    128: {
-        False: [(16, 32, 4, 2), (16, 64, 8, 2), (64, 32, 8, 2), (64, 64, 8, 1)],
-        True: [(16, 16, 4, 1), (16, 32, 8, 1), (32, 32, 8, 1)],
-    },
+    128: {False: [(16, 32, 4, 2), (16, 64, 8, 2), (32, 64, 8, 2)], True: [(32, 32, 8, 1)]},
     math.inf: {False: [(16, 16, 4, 1)], True: [(16, 16, 8, 1)]},
 }
 
@@ -149,7 +154,7 @@ def _tuned(blocks: dict[float, dict[bool, list[Blocks]]]) -> Callable[[Any], Any
     )
 
 
-@_tuned(QUERY_BLOCKS)
+@_tuned(FORWARD_BLOCKS)
 @triton.jit(do_not_specialize=["longest_q", "longest_k"])
 def forward_kernel(
     q,
@@ -224,7 +229,7 @@ def forward_kernel(
     tl.store(lse + head * tokens + tq, level, mask=i_in)
 
 
-@_tuned(QUERY_BLOCKS)
+@_tuned(GRAD_Q_BLOCKS)
 @triton.jit(do_not_specialize=["longest_q", "longest_k"])
 def grad_q_kernel(
     grad_out,
@@ -301,7 +306,7 @@ def grad_q_kernel(
     tl.store(grad_q + at, (sums * scale).to(grad_q.dtype.element_ty), mask=inside)
 
 
-@_tuned(KEY_BLOCKS)
+@_tuned(GRAD_KV_BLOCKS)
 @triton.jit(do_not_specialize=["longest_q", "longest_k"])
 def grad_kv_kernel(
     grad_out,

@@ -82,14 +82,14 @@ def packed_attention(dtype: str, every: bool) -> Iterator[Variant]:
     strides = {f"{name}_{of}": "i32" for name in "qkv" for of in ("token", "head")}
     sizes = dict.fromkeys(("rows", "tokens", "tokens_q", "tokens_k", "longest_q", "longest_k"), "i32")
     types = {**tensors, **sums, **ends, **strides, **sizes, "scale": "fp32"}
-    listed = {"forward_kernel": "QUERY_BLOCKS", "grad_q_kernel": "QUERY_BLOCKS", "grad_kv_kernel": "KEY_BLOCKS"}
     for size in (32, 64, 80, 128) if every else (64, 128):
         block_e = triton.next_power_of_2(size)
-        for name, blocks in listed.items():
-            configs = kernels.selectable(getattr(kernels, blocks), block_e, DTYPES[dtype], 1024, 1024)
+        for name in ("forward", "grad_q", "grad_kv"):
+            blocks = getattr(kernels, f"{name.upper()}_BLOCKS")
+            configs = kernels.selectable(blocks, block_e, DTYPES[dtype], 1024, 1024)
             for block_q, block_k, warps, stages in configs if every else configs[-1:]:
                 tuned = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
-                yield name, types, {"SIZE": size, "BLOCK_E": block_e, "CAUSAL": True} | tuned
+                yield f"{name}_kernel", types, {"SIZE": size, "BLOCK_E": block_e, "CAUSAL": True} | tuned
 
 
 def multitask_cross_entropy(dtype: str, every: bool) -> Iterator[Variant]:

@@ -21,7 +21,7 @@ def test_results_and_gradients(dtype, weighted, label_smoothing, rows, classes):
     check(multitask_cross_entropy_case(rows, classes, weighted, label_smoothing), "triton", dtype)
 
 
-@pytest.mark.parametrize("classes", [[20_000], [3] * 40])
+@pytest.mark.parametrize("classes", [[20_000], [3] * 20])
 def test_many_classes_and_many_tasks(classes):
     check(multitask_cross_entropy_case(2, classes, weighted=True, label_smoothing=0.1), "triton", torch.float32)
 

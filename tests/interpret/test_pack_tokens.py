@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("interpreted", "nan_filled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("typed", [False, True])
 @pytest.mark.parametrize("spare", [None, 0, 90])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 70, 3, 33), (3, 0, 4, 8), (2, 4, 0, 600)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 70, 3, 33), (3, 0, 4, 8), (1, 4, 0, 600)])
 def test_results_and_gradients(dtype, typed, spare, shape):
     check(pack_tokens_case(*shape, typed=typed, spare=spare), "triton", dtype)
 

@@ -13,15 +13,15 @@ from cmaclip_fast.ops import packed_attention
 pytestmark = pytest.mark.usefixtures("interpreted", "nan_filled", "bfloat16_dots")
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("size", [3, 32, 64, 80, 96, 128, 130])
+@pytest.mark.parametrize(
+    ("size", "causal"), [(3, False), (32, True), (64, False), (80, True), (96, False), (128, True), (130, False)]
+)
 def test_head_sizes(size, causal):
     check(packed_attention_case([45, 0, 7], size=size, causal=causal, spare=3), "triton", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("size", [32, 80, 128])
+@pytest.mark.parametrize(("size", "causal"), [(32, True), (80, False), (128, True)])
 def test_half_types(dtype, size, causal):
     check(packed_attention_case([45, 1, 70], heads=1, size=size, causal=causal), "triton", dtype)
 
@@ -33,7 +33,7 @@ def test_half_types(dtype, size, causal):
     [
         ([1], [1]),
         ([2, 2, 0, 2], [127, 1, 3, 0]),
-        ([129, 70], [70, 129]),
+        ([70, 35], [35, 70]),
         ([5, 0], [0, 130]),
         ([0, 0], [0, 0]),
         ([], []),
@@ -45,10 +45,10 @@ def test_query_and_key_lengths(q_lengths, k_lengths, causal, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_row_of_many_blocks(dtype):
-    check(packed_attention_case([400], heads=1, size=32), "triton", dtype)
+    check(packed_attention_case([200], heads=1, size=32), "triton", dtype)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=3),
     st.integers(1, 3),
