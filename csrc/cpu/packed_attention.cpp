@@ -120,6 +120,8 @@ std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor q, const Tensor
       const Item &item = work.items[index], &after = work.items[next];
       const Head<T> next_head = call.head<T>(q, k, v, after);
       Ahead ahead;
+      ahead.add(item.end - item.begin, call.size,
+                out_data + call.at(item, call.ends_q) + item.begin * call.heads * call.size, call.heads * call.size);
       if (next != index) {
         ahead.add(after.end - after.begin, call.size, next_head.q + after.begin * next_head.q_stride,
                   next_head.q_stride);
@@ -179,6 +181,9 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
       const Item &item = work.items[index], &after = work.items[next];
       const Head<T> next_head = call.head<T>(q, k, v, after);
       Ahead ahead;
+      for (T* const grads : {grad_k_data, grad_v_data})
+        ahead.add(item.end - item.begin, call.size,
+                  grads + call.at(item, call.ends_k) + item.begin * call.heads * call.size, call.heads * call.size);
       if (next != index) {
         const int64_t keys = after.end - after.begin, queries = std::min(next_head.queries, kQueryBlock);
         const int64_t stride = next_head.out_stride, at_after = call.at(after, call.ends_q);

@@ -62,7 +62,7 @@ class Ahead {
     const char* data;
     int64_t rows, size, stride;
   };
-  Matrix matrices_[6];
+  Matrix matrices_[8];
   int count_ = 0, at_ = 0;
 };
 
