@@ -38,7 +38,8 @@ struct Work {
     cost += item_cost;
   }
 
-  // Calls run(item, index, buffer) for each item; threads get ranges of equal cost.
+  // Calls run(index, next, buffer) for each item, `next` being the index of the one after it on the same thread, or the
+  // same; threads get ranges of equal cost.
   template <typename F>
   void share(int64_t buffer_size, const F& run) const {
     torch::stable::parallel_for(0, cost, kGrain, [&](int64_t begin, int64_t end) {
@@ -49,7 +50,7 @@ struct Work {
       const auto release = [](float* p) { ::operator delete(p, kAlignment); };
       const std::unique_ptr<float, decltype(release)> buffer(
           static_cast<float*>(::operator new(buffer_size * sizeof(float), kAlignment)), release);
-      for (int64_t i = first; i < last; ++i) run(items[i], i, buffer.get());
+      for (int64_t i = first; i < last; ++i) run(i, i + 1 < last ? i + 1 : i, buffer.get());
     });
   }
 };
@@ -115,9 +116,21 @@ std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor q, const Tensor
     using T = decltype(zero);
     T* const out_data = mutable_data<T>(out);
     float* const lse_data = mutable_data<float>(lse);
-    work.share(CMACLIP_DISPATCH(forward_buffer)(call.size), [&](const Item& item, int64_t, float* buffer) {
+    work.share(CMACLIP_DISPATCH(forward_buffer)(call.size), [&](int64_t index, int64_t next, float* buffer) {
+      const Item &item = work.items[index], &after = work.items[next];
+      const Head<T> next_head = call.head<T>(q, k, v, after);
+      Ahead ahead;
+      ahead.add(item.end - item.begin, call.size,
+                out_data + call.at(item, call.ends_q) + item.begin * call.heads * call.size, call.heads * call.size);
+      if (next != index) {
+        ahead.add(after.end - after.begin, call.size, next_head.q + after.begin * next_head.q_stride,
+                  next_head.q_stride);
+        const int64_t keys = std::min(next_head.keys, kKeyBlock);
+        ahead.add(keys, call.size, next_head.k, next_head.k_stride);
+        ahead.add(keys, call.size, next_head.v, next_head.v_stride);
+      }
       CMACLIP_DISPATCH(attention)
-      (call.head<T>(q, k, v, item), item.begin, item.end, out_data + call.at(item, call.ends_q),
+      (call.head<T>(q, k, v, item), item.begin, item.end, ahead, out_data + call.at(item, call.ends_q),
        lse_data + item.head * call.tokens_q + call.ends_q[item.row], buffer);
     });
     const int64_t end = call.ends_q[call.rows];
@@ -164,12 +177,27 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
     T* const grad_k_data = mutable_data<T>(grad_k);
     T* const grad_v_data = mutable_data<T>(grad_v);
     const float* const lse_grads = data<float>(grad_lse);
-    work.share(CMACLIP_DISPATCH(backward_buffer)(call.size), [&](const Item& item, int64_t index, float* buffer) {
+    work.share(CMACLIP_DISPATCH(backward_buffer)(call.size), [&](int64_t index, int64_t next, float* buffer) {
+      const Item &item = work.items[index], &after = work.items[next];
+      const Head<T> next_head = call.head<T>(q, k, v, after);
+      Ahead ahead;
+      for (T* const grads : {grad_k_data, grad_v_data})
+        ahead.add(item.end - item.begin, call.size,
+                  grads + call.at(item, call.ends_k) + item.begin * call.heads * call.size, call.heads * call.size);
+      if (next != index) {
+        const int64_t keys = after.end - after.begin, queries = std::min(next_head.queries, kQueryBlock);
+        const int64_t stride = next_head.out_stride, at_after = call.at(after, call.ends_q);
+        ahead.add(keys, call.size, next_head.k + after.begin * next_head.k_stride, next_head.k_stride);
+        ahead.add(keys, call.size, next_head.v + after.begin * next_head.v_stride, next_head.v_stride);
+        ahead.add(queries, call.size, next_head.q, next_head.q_stride);
+        ahead.add(queries, call.size, data<T>(grad_out) + at_after, stride);
+        ahead.add(queries, call.size, data<T>(out) + at_after, stride);
+      }
       const int64_t at_q = call.at(item, call.ends_q), at_k = call.at(item, call.ends_k);
       const int64_t at_lse = item.head * call.tokens_q + call.ends_q[item.row];
       const auto run = [&](auto* query_grads, int64_t stride) {
         CMACLIP_DISPATCH(attention_backward)
-        (call.head<T>(q, k, v, item), item.begin, item.end, data<T>(grad_out) + at_q, data<T>(out) + at_q,
+        (call.head<T>(q, k, v, item), item.begin, item.end, ahead, data<T>(grad_out) + at_q, data<T>(out) + at_q,
          data<float>(lse) + at_lse, lse_grads == nullptr ? nullptr : lse_grads + at_lse, query_grads, stride,
          grad_k_data + at_k, grad_v_data + at_k, buffer);
       };
@@ -185,7 +213,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
       const int64_t queries = call.queries(item.row);
       if (item.end == queries) first_part += Blocks(call.keys(item.row), chunk, 1).count * queries * call.size;
     }
-    adding.share(1, [&](const Item& item, int64_t index, float*) {
+    adding.share(1, [&](int64_t index, int64_t, float*) {
+      const Item& item = adding.items[index];
       CMACLIP_DISPATCH(add_parts)
       (Blocks(call.keys(item.row), chunk, 1).count, item.end - item.begin, call.size,
        parts_data + first_parts[index] + item.begin * call.size, call.queries(item.row) * call.size,

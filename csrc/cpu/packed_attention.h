@@ -37,6 +37,35 @@ inline int64_t visible_keys(int64_t last, int64_t offset, int64_t keys) {
   return seen < 0 ? 0 : seen < keys ? seen : keys;
 }
 
+// Rows of matrices that will be read soon, fetched into the cache a few at a time while something else is computed: the
+// rows of a head lie too far apart for the processor to foresee them.
+class Ahead {
+ public:
+  template <typename T>
+  void add(int64_t rows, int64_t size, const T* data, int64_t stride) {
+    if (rows > 0)
+      matrices_[count_++] = {reinterpret_cast<const char*>(data), rows, size * int64_t{sizeof(T)},
+                             stride * int64_t{sizeof(T)}};
+  }
+
+  void step() {
+    for (int rows = 0; rows < 8 && at_ < count_; ++rows) {
+      Matrix& matrix = matrices_[at_];
+      for (int64_t byte = 0; byte < matrix.size; byte += 64) __builtin_prefetch(matrix.data + byte, 0, 2);
+      matrix.data += matrix.stride;
+      if (--matrix.rows == 0) ++at_;
+    }
+  }
+
+ private:
+  struct Matrix {
+    const char* data;
+    int64_t rows, size, stride;
+  };
+  Matrix matrices_[8];
+  int count_ = 0, at_ = 0;
+};
+
 // One head of one row; strides are those of tokens.
 template <typename T>
 struct Head {

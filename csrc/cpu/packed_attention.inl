@@ -56,24 +56,27 @@ inline void multiply_rows(int64_t rows, Arguments... arguments) {
 
 template <int C, bool Across>
 __attribute__((noinline)) void multiply_columns(int64_t columns, int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
-                      int64_t ldb, float* c, int64_t ldc, bool add, const float* factor) {
+                      int64_t ldb, float* c, int64_t ldc, bool add, const float* factor,
+                                                Ahead& ahead) {
   if constexpr (C > 1)
     if (columns < C)
-      return multiply_columns<C - 1, Across>(columns, rows, depth, a, lda, b, ldb, c, ldc, add, factor);
+      return multiply_columns<C - 1, Across>(columns, rows, depth, a, lda, b, ldb, c, ldc, add, factor, ahead);
   constexpr int kRows = tile_rows(C);
-  for (int64_t r = 0; r < rows; r += kRows)
+  for (int64_t r = 0; r < rows; r += kRows) {
+    ahead.step();
     multiply_rows<kRows, C, Across>(rows - r < kRows ? rows - r : kRows, depth, a + (Across ? r : r * lda), lda, b, ldb,
                                     c + r * ldc, ldc, add, factor == nullptr ? nullptr : factor + r);
+  }
 }
 
 // As multiply_tile, for any number of rows, and of columns in whole vectors.
 template <bool Across>
 __attribute__((noinline)) void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-              float* c, int64_t ldc, bool add, const float* factor = nullptr) {
+              float* c, int64_t ldc, Ahead& ahead, bool add, const float* factor = nullptr) {
   int64_t vectors = columns / kLanes;
   for (int64_t groups = (vectors + kTileColumns - 1) / kTileColumns; groups > 0; --groups) {
     const int64_t width = (vectors + groups - 1) / groups;
-    multiply_columns<kTileColumns, Across>(width, rows, depth, a, lda, b, ldb, c, ldc, add, factor);
+    multiply_columns<kTileColumns, Across>(width, rows, depth, a, lda, b, ldb, c, ldc, add, factor, ahead);
     vectors -= width;
     b += width * kLanes;
     c += width * kLanes;
@@ -184,9 +187,10 @@ inline int64_t forward_buffer(int64_t size) {
   return kQueryChunk * (2 * padded + 3) + kKeyBlock * (2 * padded + kQueryBlock);
 }
 
-// Queries query_begin:query_end, at most kQueryChunk.
+// Queries query_begin:query_end, at most kQueryChunk. `next` is what the item after this one begins with.
 template <typename T>
-void attention(const Head<T>& head, int64_t query_begin, int64_t query_end, T* out, float* lse, float* buffer) {
+void attention(const Head<T>& head, int64_t query_begin, int64_t query_end, const Ahead& next, T* out, float* lse,
+               float* buffer) {
   const int64_t padded = padded_size(head.size), queries = query_end - query_begin;
   float* const transposed = buffer;
   float* const sums = transposed + kQueryChunk * padded;
@@ -210,6 +214,13 @@ void attention(const Head<T>& head, int64_t query_begin, int64_t query_end, T* o
     const int64_t key = key_blocks.begin(kb), count = key_blocks.end(kb) - key;
     pack(count, head.size, head.k + key * head.k_stride, head.k_stride, keys, padded);
     pack(count, head.size, head.v + key * head.v_stride, head.v_stride, values, padded);
+    Ahead ahead = next;
+    if (kb + 1 < key_blocks.count) {
+      const int64_t key_after = key_blocks.end(kb), count_after = key_blocks.end(kb + 1) - key_after;
+      ahead = {};
+      ahead.add(count_after, head.size, head.k + key_after * head.k_stride, head.k_stride);
+      ahead.add(count_after, head.size, head.v + key_after * head.v_stride, head.v_stride);
+    }
     for (int64_t b = 0; b < blocks.count; ++b) {
       const int64_t begin = blocks.begin(b), end = blocks.end(b), width = blocks.width(b);
       const int64_t block_keys = visible_keys(query_begin + end - 1, head.offset, key + count) - key;
@@ -219,11 +230,11 @@ void attention(const Head<T>& head, int64_t query_begin, int64_t query_end, T* o
       }
       const ScoreBlock block{key, block_keys, query_begin + begin, width, head.offset};
       multiply<false>(block_keys, width, head.size, keys, padded, transposed + begin * padded, width, scores, width,
-                      false);
+                      ahead, false);
       hide(block, scores);
       online_softmax(block, scores, most + begin, total + begin, factor + begin);
       multiply<true>(end - begin, padded, block_keys, scores, width, values, padded, sums + begin * padded, padded,
-                     kb > 0, factor + begin);
+                     ahead, kb > 0, factor + begin);
     }
   }
   for (int64_t i = 0; i < queries; ++i) {
@@ -255,7 +266,7 @@ Vec dots(int64_t rows, int64_t size, const T* a, const T* b, int64_t stride) {
 
 // Keys key_begin:key_end, at most key_chunk(size): their gradients, and what they add to the queries' gradients.
 template <typename T, typename Q>
-void attention_backward(const Head<T>& head, int64_t key_begin, int64_t key_end, const T* grad_out, const T* out,
+void attention_backward(const Head<T>& head, int64_t key_begin, int64_t key_end, const Ahead& next, const T* grad_out, const T* out,
                         const float* lse, const float* grad_lse, Q* grad_q, int64_t grad_q_stride, T* grad_k, T* grad_v,
                         float* buffer) {
   const int64_t padded = padded_size(head.size), chunk = key_end - key_begin;
@@ -298,19 +309,30 @@ void attention_backward(const Head<T>& head, int64_t key_begin, int64_t key_end,
       if (grad_lse != nullptr) d -= load(grad_lse + at, rows > 0 ? rows : 0);
       store(delta + i, d);
     }
+    Ahead ahead = next;
+    if (b + 1 < blocks.count) {
+      const int64_t query_after = blocks.end(b), queries_after = blocks.end(b + 1) - query_after;
+      ahead = {};
+      ahead.add(queries_after, head.size, head.q + query_after * head.q_stride, head.q_stride);
+      ahead.add(queries_after, head.size, grad_out + query_after * head.out_stride, head.out_stride);
+      ahead.add(queries_after, head.size, out + query_after * head.out_stride, head.out_stride);
+    }
     const Blocks key_blocks(seen, kKeyBlock, 1);
     for (int64_t kb = 0; kb < key_blocks.count; ++kb) {
       const int64_t key = key_blocks.begin(kb), count = key_blocks.end(kb) - key;
       const ScoreBlock block{key_begin + key, count, query, width, head.offset};
-      multiply<false>(count, width, head.size, keys + key * padded, padded, q_transposed, width, scores, width, false);
+      multiply<false>(count, width, head.size, keys + key * padded, padded, q_transposed, width, scores, width, ahead,
+                      false);
       multiply<false>(count, width, head.size, values + key * padded, padded, grad_transposed, width, score_grads,
-                      width, false);
+                      width, ahead, false);
       hide(block, scores);
       softmax_backward(block, scores, score_grads, block_lse, delta);
-      multiply<false>(count, padded, queries, scores, width, grad, padded, value_grads + key * padded, padded, true);
-      multiply<false>(count, padded, queries, score_grads, width, q, padded, key_grads + key * padded, padded, true);
+      multiply<false>(count, padded, queries, scores, width, grad, padded, value_grads + key * padded, padded, ahead,
+                      true);
+      multiply<false>(count, padded, queries, score_grads, width, q, padded, key_grads + key * padded, padded, ahead,
+                      true);
       multiply<true>(queries, padded, count, score_grads, width, keys + key * padded, padded, query_grads, padded,
-                     kb > 0);
+                     ahead, kb > 0);
     }
     unpack(queries, head.size, query_grads, padded, head.scale, grad_q + query * grad_q_stride, grad_q_stride);
   }
