@@ -22,7 +22,7 @@ Blocks = tuple[int, int, int, int]  # BLOCK_Q, BLOCK_K, num_warps, num_stages
 FORWARD_BLOCKS: dict[float, dict[bool, list[Blocks]]] = {
     64: {
         False: [(16, 32, 2, 2), (16, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
-        True: [(16, 16, 4, 1), (16, 32, 4, 1)],
+        True: [(16, 16, 4, 1), (16, 32, 8, 1), (32, 16, 4, 1)],
     },
     128: {False: [(16, 32, 2, 2), (16, 64, 4, 2), (64, 64, 8, 1)], True: [(16, 16, 8, 1)]},
     math.inf: {False: [(16, 16, 4, 1)], True: [(16, 16, 8, 1)]},
@@ -38,7 +38,7 @@ GRAD_Q_BLOCKS: dict[float, dict[bool, list[Blocks]]] = {
 GRAD_KV_BLOCKS: dict[float, dict[bool, list[Blocks]]] = {
     64: {
         False: [(16, 32, 2, 2), (16, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2)],
-        True: [(16, 16, 4, 1), (16, 32, 4, 1), (32, 32, 8, 1)],
+        True: [(16, 16, 4, 1), (32, 32, 8, 1)],
     },
     128: {False: [(16, 32, 4, 2), (16, 64, 8, 2), (32, 64, 8, 2)], True: [(32, 32, 8, 1)]},
     math.inf: {False: [(16, 16, 4, 1)], True: [(16, 16, 8, 1)]},
