@@ -21,9 +21,11 @@ constexpr int64_t kGrain = 4096;
 // What an item costs beside its scores, as if it had so many more queries and keys.
 constexpr int64_t kItemCost = 8;
 
-// One head of a row, and the range of its queries (forward) or keys (backward) that is computed at once.
+// One head of a row, and the range of its queries (forward) or keys (backward) that is computed at once; or all heads of
+// a row of few queries.
 struct Item {
   int64_t row, head, begin, end;
+  bool few = false;
 };
 
 // Items in order, with the sum of the costs before each.
@@ -78,6 +80,12 @@ struct Call {
   int64_t keys(int64_t row) const { return ends_k[row + 1] - ends_k[row]; }
   int64_t offset(int64_t row) const { return causal ? keys(row) - queries(row) : kUnmasked; }
 
+  // Where keys and values are read once and hardly computed with, they are best read in the order of their tokens.
+  bool few(int64_t row) const {
+    return queries(row) > 0 && queries(row) <= kFewQueries && keys(row) > 0 &&
+           queries(row) * keys(row) * heads <= kFewScores;
+  }
+
   template <typename T>
   Head<T> head(const Tensor& q, const Tensor& k, const Tensor& v, const Item& item) const {
     const auto at = [&](const Tensor& x, const int32_t* ends) {
@@ -85,6 +93,18 @@ struct Call {
     };
     return {queries(item.row), keys(item.row), size,         at(q, ends_q), at(k, ends_k), at(v, ends_k),
             q.stride(0),       k.stride(0),    v.stride(0),  heads * size,  scale,         offset(item.row)};
+  }
+
+  HeadStrides strides(const Tensor& q, const Tensor& k, const Tensor& v) const {
+    return {heads, q.stride(1), k.stride(1), v.stride(1), tokens_q};
+  }
+
+  // The longest row of few queries.
+  int64_t few_keys() const {
+    int64_t most = 0;
+    for (int64_t row = 0; row < rows; ++row)
+      if (few(row)) most = std::max(most, keys(row));
+    return most;
   }
 
   // Where a head of a row begins in a contiguous [T, H, E].
@@ -105,24 +125,39 @@ std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor q, const Tensor
   Tensor out = new_tensor(q, {call.tokens_q, call.heads, call.size});
   Tensor lse = new_tensor(q, {call.heads, call.tokens_q}, ScalarType::Float);
   Work work;
-  for (int64_t row = 0; row < call.rows; ++row)
+  for (int64_t row = 0; row < call.rows; ++row) {
+    if (call.few(row)) {
+      work.add({row, 0, 0, call.queries(row), true}, call.heads * kItemCost * (call.keys(row) + kItemCost));
+      continue;
+    }
     for (int64_t head = 0; head < call.heads; ++head)
       for (int64_t begin = 0; begin < call.queries(row); begin += kQueryChunk) {
         const int64_t end = std::min(begin + kQueryChunk, call.queries(row));
         const int64_t seen = visible_keys(end - 1, call.offset(row), call.keys(row));
         work.add({row, head, begin, end}, (end - begin + kItemCost) * (seen + kItemCost));
       }
+  }
   for_dtype(q, "q", [&](auto zero) {
     using T = decltype(zero);
     T* const out_data = mutable_data<T>(out);
     float* const lse_data = mutable_data<float>(lse);
-    work.share(CMACLIP_DISPATCH(forward_buffer)(call.size), [&](int64_t index, int64_t next, float* buffer) {
+    const int64_t buffer_size =
+        std::max(CMACLIP_DISPATCH(forward_buffer)(call.size),
+                 CMACLIP_DISPATCH(few_buffer)(call.heads, call.size, call.few_keys()));
+    work.share(buffer_size, [&](int64_t index, int64_t next, float* buffer) {
       const Item &item = work.items[index], &after = work.items[next];
+      T* const item_out = out_data + call.at(item, call.ends_q);
+      float* const item_lse = lse_data + item.head * call.tokens_q + call.ends_q[item.row];
+      if (item.few) {
+        CMACLIP_DISPATCH(few)
+        (call.head<T>(q, k, v, item), call.strides(q, k, v), item_out, item_lse, buffer);
+        return;
+      }
       const Head<T> next_head = call.head<T>(q, k, v, after);
       Ahead ahead;
       ahead.add(item.end - item.begin, call.size,
-                out_data + call.at(item, call.ends_q) + item.begin * call.heads * call.size, call.heads * call.size);
-      if (next != index) {
+                item_out + item.begin * call.heads * call.size, call.heads * call.size);
+      if (next != index && !after.few) {
         ahead.add(after.end - after.begin, call.size, next_head.q + after.begin * next_head.q_stride,
                   next_head.q_stride);
         const int64_t keys = std::min(next_head.keys, kKeyBlock);
@@ -130,8 +165,7 @@ std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor q, const Tensor
         ahead.add(keys, call.size, next_head.v, next_head.v_stride);
       }
       CMACLIP_DISPATCH(attention)
-      (call.head<T>(q, k, v, item), item.begin, item.end, ahead, out_data + call.at(item, call.ends_q),
-       lse_data + item.head * call.tokens_q + call.ends_q[item.row], buffer);
+      (call.head<T>(q, k, v, item), item.begin, item.end, ahead, item_out, item_lse, buffer);
     });
     const int64_t end = call.ends_q[call.rows];
     clear_rest(out_data, end, call.tokens_q, call.heads * call.size);
@@ -154,7 +188,12 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
   Work work, adding;
   std::vector<int64_t> part_of_item;
   int64_t parts_size = 0;
-  for (int64_t row = 0; row < call.rows; ++row)
+  for (int64_t row = 0; row < call.rows; ++row) {
+    if (call.few(row)) {
+      work.add({row, 0, 0, call.keys(row), true}, call.heads * kItemCost * (call.keys(row) + kItemCost));
+      part_of_item.push_back(-1);
+      continue;
+    }
     for (int64_t head = 0; head < call.heads; ++head) {
       const int64_t queries = call.queries(row);
       const Blocks blocks(std::max<int64_t>(call.keys(row), 1), chunk, 1);
@@ -169,6 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
         adding.add({row, head, begin, std::min(begin + kQueryChunk, queries)}, blocks.count * kQueryChunk);
       parts_size += blocks.count * queries * call.size;
     }
+  }
   Tensor parts = new_tensor(q, {parts_size}, ScalarType::Float);
   for_dtype(q, "q", [&](auto zero) {
     using T = decltype(zero);
@@ -177,32 +217,43 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
     T* const grad_k_data = mutable_data<T>(grad_k);
     T* const grad_v_data = mutable_data<T>(grad_v);
     const float* const lse_grads = data<float>(grad_lse);
-    work.share(CMACLIP_DISPATCH(backward_buffer)(call.size), [&](int64_t index, int64_t next, float* buffer) {
+    const int64_t buffer_size =
+        std::max(CMACLIP_DISPATCH(backward_buffer)(call.size),
+                 CMACLIP_DISPATCH(few_buffer)(call.heads, call.size, call.few_keys()));
+    work.share(buffer_size, [&](int64_t index, int64_t next, float* buffer) {
       const Item &item = work.items[index], &after = work.items[next];
+      const int64_t at_q = call.at(item, call.ends_q), at_k = call.at(item, call.ends_k);
+      const int64_t at_lse = item.head * call.tokens_q + call.ends_q[item.row];
+      const T *const item_grad = data<T>(grad_out) + at_q, *const item_out = data<T>(out) + at_q;
+      const float* const item_lse = data<float>(lse) + at_lse;
+      const float* const item_lse_grad = lse_grads == nullptr ? nullptr : lse_grads + at_lse;
+      const int64_t stride = call.heads * call.size;
+      if (item.few) {
+        CMACLIP_DISPATCH(few_backward)
+        (call.head<T>(q, k, v, item), call.strides(q, k, v), item_grad, item_out, item_lse, item_lse_grad,
+         grad_q_data + at_q, grad_k_data + at_k, grad_v_data + at_k, buffer);
+        return;
+      }
       const Head<T> next_head = call.head<T>(q, k, v, after);
       Ahead ahead;
       for (T* const grads : {grad_k_data, grad_v_data})
-        ahead.add(item.end - item.begin, call.size,
-                  grads + call.at(item, call.ends_k) + item.begin * call.heads * call.size, call.heads * call.size);
-      if (next != index) {
+        ahead.add(item.end - item.begin, call.size, grads + at_k + item.begin * stride, stride);
+      if (next != index && !after.few) {
         const int64_t keys = after.end - after.begin, queries = std::min(next_head.queries, kQueryBlock);
-        const int64_t stride = next_head.out_stride, at_after = call.at(after, call.ends_q);
+        const int64_t at_after = call.at(after, call.ends_q);
         ahead.add(keys, call.size, next_head.k + after.begin * next_head.k_stride, next_head.k_stride);
         ahead.add(keys, call.size, next_head.v + after.begin * next_head.v_stride, next_head.v_stride);
         ahead.add(queries, call.size, next_head.q, next_head.q_stride);
         ahead.add(queries, call.size, data<T>(grad_out) + at_after, stride);
         ahead.add(queries, call.size, data<T>(out) + at_after, stride);
       }
-      const int64_t at_q = call.at(item, call.ends_q), at_k = call.at(item, call.ends_k);
-      const int64_t at_lse = item.head * call.tokens_q + call.ends_q[item.row];
-      const auto run = [&](auto* query_grads, int64_t stride) {
+      const auto run = [&](auto* query_grads, int64_t query_stride) {
         CMACLIP_DISPATCH(attention_backward)
-        (call.head<T>(q, k, v, item), item.begin, item.end, ahead, data<T>(grad_out) + at_q, data<T>(out) + at_q,
-         data<float>(lse) + at_lse, lse_grads == nullptr ? nullptr : lse_grads + at_lse, query_grads, stride,
-         grad_k_data + at_k, grad_v_data + at_k, buffer);
+        (call.head<T>(q, k, v, item), item.begin, item.end, ahead, item_grad, item_out, item_lse, item_lse_grad,
+         query_grads, query_stride, grad_k_data + at_k, grad_v_data + at_k, buffer);
       };
       if (part_of_item[index] < 0)
-        run(grad_q_data + at_q, call.heads * call.size);
+        run(grad_q_data + at_q, stride);
       else
         run(parts_data + part_of_item[index], call.size);
     });

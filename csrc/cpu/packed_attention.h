@@ -10,6 +10,8 @@ constexpr int64_t kQueryUnit = 16;    // a block's width is a multiple: at least
 constexpr int64_t kQueryBlock = 64;   // queries whose scores are computed together
 constexpr int64_t kQueryChunk = 256;  // queries of one item of the forward: keys are packed once for all of them
 constexpr int64_t kKeyBlock = 128;
+constexpr int64_t kFewQueries = 4;  // rows of at most so many are computed without packing their keys
+constexpr int64_t kFewScores = 65536;
 constexpr int64_t kUnmasked = int64_t{1} << 30;
 
 // Keys of one item of the backward: as many as leave it and its gradients in the second-level cache.
@@ -74,6 +76,11 @@ struct Head {
   int64_t q_stride, k_stride, v_stride, out_stride;
   float scale;
   int64_t offset;  // of the causal mask; `kUnmasked` without
+};
+
+// How far the heads of a row lie apart in q, k, v and the log-sum-exp.
+struct HeadStrides {
+  int64_t heads, q, k, v, lse;
 };
 
 }  // namespace cmaclip

@@ -113,6 +113,12 @@ __attribute__((noinline)) void unpack(int64_t rows, int64_t size, const float* f
       store(to + r * stride + e, factor * load(from + r * padded + e), size - e);
 }
 
+inline IntVec lane_numbers() {
+  IntVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane;
+}
+
 // A block of scores: keys from `key`, queries from `query`, [keys, width]. A query sees the keys up to its own number
 // plus `offset`.
 struct ScoreBlock {
@@ -120,9 +126,7 @@ struct ScoreBlock {
 
   // Where query `lane` of vector `j` sees key k.
   IntVec visible(int64_t k, int64_t j) const {
-    IntVec lane;
-    for (int i = 0; i < kLanes; ++i) lane[i] = i;
-    return lane + (int32_t)(query + j + offset - key - k) >= 0;
+    return lane_numbers() + (int32_t)(query + j + offset - key - k) >= 0;
   }
 };
 
@@ -182,8 +186,15 @@ inline int64_t padded_size(int64_t size) {
   return (size + kLanes - 1) / kLanes * kLanes;
 }
 
+// How far apart packed rows lie: where tiles take a row in parts, by an odd number of cache lines, so that the same part
+// of all rows spreads over the whole first-level cache.
+inline int64_t row_stride(int64_t size) {
+  const int64_t lines = (size + 15) / 16;
+  return 16 * (lines * 16 > kTileColumns * kLanes ? lines | 1 : lines);
+}
+
 inline int64_t forward_buffer(int64_t size) {
-  const int64_t padded = padded_size(size);
+  const int64_t padded = row_stride(size);
   return kQueryChunk * (2 * padded + 3) + kKeyBlock * (2 * padded + kQueryBlock);
 }
 
@@ -191,7 +202,7 @@ inline int64_t forward_buffer(int64_t size) {
 template <typename T>
 void attention(const Head<T>& head, int64_t query_begin, int64_t query_end, const Ahead& next, T* out, float* lse,
                float* buffer) {
-  const int64_t padded = padded_size(head.size), queries = query_end - query_begin;
+  const int64_t columns = padded_size(head.size), padded = row_stride(head.size), queries = query_end - query_begin;
   float* const transposed = buffer;
   float* const sums = transposed + kQueryChunk * padded;
   float* const keys = sums + kQueryChunk * padded;
@@ -233,7 +244,7 @@ void attention(const Head<T>& head, int64_t query_begin, int64_t query_end, cons
                       ahead, false);
       hide(block, scores);
       online_softmax(block, scores, most + begin, total + begin, factor + begin);
-      multiply<true>(end - begin, padded, block_keys, scores, width, values, padded, sums + begin * padded, padded,
+      multiply<true>(end - begin, columns, block_keys, scores, width, values, padded, sums + begin * padded, padded,
                      ahead, kb > 0, factor + begin);
     }
   }
@@ -246,8 +257,17 @@ void attention(const Head<T>& head, int64_t query_begin, int64_t query_end, cons
 }
 
 inline int64_t backward_buffer(int64_t size) {
-  const int64_t padded = padded_size(size);
+  const int64_t padded = row_stride(size);
   return 4 * key_chunk(size) * padded + kQueryBlock * (5 * padded + 2) + 2 * kKeyBlock * kQueryBlock;
+}
+
+// Lane i is the sum of the lanes of parts[i].
+inline Vec lane_sums(Vec (&parts)[kLanes]) {
+  transpose(parts);
+  Vec total = parts[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < kLanes; ++i) total += parts[i];
+  return total;
 }
 
 // delta[i] = the dot product of out and grad_out, of up to kLanes queries.
@@ -257,11 +277,7 @@ Vec dots(int64_t rows, int64_t size, const T* a, const T* b, int64_t stride) {
   for (int64_t r = 0; r < rows && r < kLanes; ++r)
     for (int64_t e = 0; e < size; e += kLanes)
       parts[r] += load(a + r * stride + e, size - e) * load(b + r * stride + e, size - e);
-  transpose(parts);
-  Vec total = parts[0];
-#pragma GCC unroll 16
-  for (int i = 1; i < kLanes; ++i) total += parts[i];
-  return total;
+  return lane_sums(parts);
 }
 
 // Keys key_begin:key_end, at most key_chunk(size): their gradients, and what they add to the queries' gradients.
@@ -269,7 +285,7 @@ template <typename T, typename Q>
 void attention_backward(const Head<T>& head, int64_t key_begin, int64_t key_end, const Ahead& next, const T* grad_out, const T* out,
                         const float* lse, const float* grad_lse, Q* grad_q, int64_t grad_q_stride, T* grad_k, T* grad_v,
                         float* buffer) {
-  const int64_t padded = padded_size(head.size), chunk = key_end - key_begin;
+  const int64_t columns = padded_size(head.size), padded = row_stride(head.size), chunk = key_end - key_begin;
   float* const keys = buffer;
   float* const values = keys + chunk * padded;
   float* const key_grads = values + chunk * padded;
@@ -327,11 +343,11 @@ void attention_backward(const Head<T>& head, int64_t key_begin, int64_t key_end,
                       width, ahead, false);
       hide(block, scores);
       softmax_backward(block, scores, score_grads, block_lse, delta);
-      multiply<false>(count, padded, queries, scores, width, grad, padded, value_grads + key * padded, padded, ahead,
+      multiply<false>(count, columns, queries, scores, width, grad, padded, value_grads + key * padded, padded, ahead,
                       true);
-      multiply<false>(count, padded, queries, score_grads, width, q, padded, key_grads + key * padded, padded, ahead,
+      multiply<false>(count, columns, queries, score_grads, width, q, padded, key_grads + key * padded, padded, ahead,
                       true);
-      multiply<true>(queries, padded, count, score_grads, width, keys + key * padded, padded, query_grads, padded,
+      multiply<true>(queries, columns, count, score_grads, width, keys + key * padded, padded, query_grads, padded,
                      ahead, kb > 0);
     }
     unpack(queries, head.size, query_grads, padded, head.scale, grad_q + query * grad_q_stride, grad_q_stride);
@@ -350,4 +366,160 @@ void add_parts(int64_t parts, int64_t rows, int64_t size, const float* from, int
       for (int64_t p = 0; p < parts; ++p) total += load(from + p * part_stride + r * size + e, size - e);
       store(to + r * stride + e, total, size - e);
     }
+}
+
+// Rows of few queries, all heads at once: keys and values are read where they lie, and lanes are keys.
+
+// The dot products of one packed row with `rows` others, at most kLanes.
+template <typename T>
+Vec dots_with(const float* x, int64_t rows, int64_t size, const T* from, int64_t stride) {
+  Vec parts[kLanes] = {};
+  for (int64_t e = 0; e < size; e += kLanes) {
+    const Vec part = load(x + e);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      parts[i] += part * load(from + (i < rows ? i : rows - 1) * stride + e, size - e);
+  }
+  return lane_sums(parts);
+}
+
+// Where query `query` sees the keys from `key` of which there are `keys`.
+inline IntVec seen_by(int64_t query, int64_t key, int64_t keys, int64_t offset) {
+  return lane_numbers() < (int32_t)(visible_keys(query, offset, keys) - key);
+}
+
+inline int64_t few_buffer(int64_t heads, int64_t size, int64_t keys) {
+  return kFewQueries * heads * (4 * padded_size(size) + padded_size(keys) + 2 * kLanes);
+}
+
+// All heads of a row of N queries; `head` is the first, and `next` tells where the others are.
+template <int N, typename T>
+void few_attention(const Head<T>& head, const HeadStrides& next, T* out, float* lse, float* buffer) {
+  const int64_t padded = padded_size(head.size), row = padded_size(head.keys), size = head.size;
+  float* const q = buffer;
+  float* const sums = q + next.heads * N * padded;
+  float* const scores = sums + next.heads * N * padded;
+  for (int64_t h = 0; h < next.heads; ++h) pack(N, size, head.q + h * next.q, head.q_stride, q + h * N * padded, padded);
+  for (int64_t i = 0; i < next.heads * N * padded; i += kLanes) {
+    store(q + i, head.scale * load(q + i));
+    store(sums + i, Vec{});
+  }
+  for (int64_t key = 0; key < head.keys; key += kLanes)
+    for (int64_t h = 0; h < next.heads; ++h)
+      for (int64_t n = 0; n < N; ++n) {
+        const Vec score = dots_with(q + (h * N + n) * padded, head.keys - key, size,
+                                    head.k + h * next.k + key * head.k_stride, head.k_stride);
+        store(scores + (h * N + n) * row + key,
+              seen_by(n, key, head.keys, head.offset) ? score : splat(-INFINITY));
+      }
+  for (int64_t h = 0; h < next.heads; ++h)
+    for (int64_t n = 0; n < N; ++n) {
+      float* const x = scores + (h * N + n) * row;
+      Vec top = splat(-INFINITY), total{};
+      for (int64_t key = 0; key < row; key += kLanes) top = greater(load(x + key), top);
+      const float most = greatest(top);
+      const Vec base = splat(most == -INFINITY ? 0 : most);
+      for (int64_t key = 0; key < row; key += kLanes) {
+        const Vec p = power_of_two((load(x + key) - base) * kLog2E);
+        store(x + key, p);
+        total += p;
+      }
+      const float all = sum(total);
+      const Vec inverse = splat(all == 0 ? 0 : 1 / all);
+      for (int64_t key = 0; key < row; key += kLanes) store(x + key, inverse * load(x + key));
+      lse[h * next.lse + n] = all == 0 ? -INFINITY : most + std::log(all);
+    }
+  for (int64_t key = 0; key < head.keys; key += kLanes) {
+    const int64_t count = head.keys - key < kLanes ? head.keys - key : kLanes;
+    for (int64_t h = 0; h < next.heads; ++h)
+      for (int64_t e = 0; e < size; e += kLanes) {
+        const T* const v = head.v + h * next.v + key * head.v_stride + e;
+        const float* const p = scores + h * N * row + key;
+        float* const to = sums + h * N * padded + e;
+        Vec total[N] = {};
+        for (int64_t i = 0; i < count; ++i) {
+          const Vec value = load(v + i * head.v_stride, size - e);
+          for (int n = 0; n < N; ++n) total[n] += p[n * row + i] * value;
+        }
+        for (int n = 0; n < N; ++n) store(to + n * padded, load(to + n * padded) + total[n]);
+      }
+  }
+  for (int64_t h = 0; h < next.heads; ++h)
+    unpack(N, size, sums + h * N * padded, padded, 1, out + h * size, head.out_stride);
+}
+
+template <int N, typename T>
+void few_attention_backward(const Head<T>& head, const HeadStrides& next, const T* grad_out, const T* out,
+                            const float* lse, const float* grad_lse, T* grad_q, T* grad_k, T* grad_v, float* buffer) {
+  const int64_t padded = padded_size(head.size), size = head.size, block = N * padded;
+  float* const q = buffer;
+  float* const grad = q + next.heads * block;
+  float* const query_grads = grad + next.heads * block;
+  float* const delta = query_grads + next.heads * block;
+  for (int64_t h = 0; h < next.heads; ++h) {
+    pack(N, size, head.q + h * next.q, head.q_stride, q + h * block, padded);
+    pack(N, size, grad_out + h * size, head.out_stride, grad + h * block, padded);
+    Vec d = dots(N, size, grad_out + h * size, out + h * size, head.out_stride);
+    if (grad_lse != nullptr) d -= load(grad_lse + h * next.lse, N);
+    store(delta + h * kLanes, d);
+  }
+  for (int64_t i = 0; i < next.heads * block; i += kLanes) {
+    store(q + i, head.scale * load(q + i));
+    store(query_grads + i, Vec{});
+  }
+  for (int64_t key = 0; key < head.keys; key += kLanes) {
+    const int64_t count = head.keys - key < kLanes ? head.keys - key : kLanes;
+    for (int64_t h = 0; h < next.heads; ++h) {
+      const T* const k = head.k + h * next.k + key * head.k_stride;
+      const T* const v = head.v + h * next.v + key * head.v_stride;
+      const int64_t at = key * head.out_stride + h * size;
+      float p[N][kLanes], ds[N][kLanes];
+      for (int n = 0; n < N; ++n) {
+        const float query_lse = lse[h * next.lse + n];
+        const Vec score = dots_with(q + h * block + n * padded, count, size, k, head.k_stride);
+        const Vec grads = dots_with(grad + h * block + n * padded, count, size, v, head.v_stride);
+        Vec probability = power_of_two((score - (query_lse == -INFINITY ? 0 : query_lse)) * kLog2E);
+        probability = seen_by(n, key, head.keys, head.offset) ? probability : Vec{};
+        store(p[n], probability);
+        store(ds[n], probability * (grads - delta[h * kLanes + n]));
+      }
+      for (int64_t e = 0; e < size; e += kLanes) {
+        Vec total[N] = {}, from_q[N], from_grad[N];
+        for (int n = 0; n < N; ++n) {
+          from_q[n] = load(q + h * block + n * padded + e);
+          from_grad[n] = load(grad + h * block + n * padded + e);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+          const Vec key_part = load(k + i * head.k_stride + e, size - e);
+          Vec key_grad{}, value_grad{};
+          for (int n = 0; n < N; ++n) {
+            total[n] += ds[n][i] * key_part;
+            key_grad += ds[n][i] * from_q[n];
+            value_grad += p[n][i] * from_grad[n];
+          }
+          store(grad_k + at + i * head.out_stride + e, key_grad, size - e);
+          store(grad_v + at + i * head.out_stride + e, value_grad, size - e);
+        }
+        for (int n = 0; n < N; ++n) {
+          float* const to = query_grads + h * block + n * padded + e;
+          store(to, load(to) + total[n]);
+        }
+      }
+    }
+  }
+  for (int64_t h = 0; h < next.heads; ++h)
+    unpack(N, size, query_grads + h * block, padded, head.scale, grad_q + h * size, head.out_stride);
+}
+
+// Calls the one of these for as many queries as the row has, 1 to kFewQueries.
+template <int N = kFewQueries, typename T, typename... Arguments>
+void few(const Head<T>& head, const Arguments&... arguments) {
+  if (head.queries == N) return few_attention<N>(head, arguments...);
+  if constexpr (N > 1) few<N - 1>(head, arguments...);
+}
+
+template <int N = kFewQueries, typename T, typename... Arguments>
+void few_backward(const Head<T>& head, const Arguments&... arguments) {
+  if (head.queries == N) return few_attention_backward<N>(head, arguments...);
+  if constexpr (N > 1) few_backward<N - 1>(head, arguments...);
 }
