@@ -2,7 +2,8 @@
 # make test     install, then check style and types and run all tests
 # make results  train three seeds and write docs/results.md
 # make mutants  put faults into the CUDA and Triton kernels, one at a time: each must make a test fail
-# make gpu      run the tests that need an NVIDIA GPU, or say that they were not run
+# make bench    time the operators on this machine's CPU against PyTorch
+# make gpu      run the tests that need an NVIDIA GPU and time the operators, or say that nothing was run
 # make tables   compile all kernels, count in the emulator, and write the tables of docs/kernels.md
 # make lint | clean
 
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: install demo results tables test mutants gpu lint clean
+.PHONY: install demo results tables test mutants bench gpu lint clean
 
 install: $(INSTALLED)
 
@@ -43,9 +44,14 @@ test: install lint
 mutants: install
 	$(BIN)/python tests/mutants/run.py
 
+bench: install
+	$(BIN)/python benchmarks/operators.py --write benchmarks/results
+
 gpu: install
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu; \
+		TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu && \
+		TRITON_INTERPRET=0 $(BIN)/python benchmarks/operators.py --device cuda --write benchmarks/results \
+			--dtype float16 --dtype bfloat16 --dtype float32; \
 	else \
 		echo 'not run: PyTorch finds no NVIDIA GPU'; \
 	fi

@@ -1,15 +1,18 @@
-"""Times the operators of this machine's fastest backend against what PyTorch offers for the same.
+"""Times the operators against what PyTorch offers for the same.
 
-    python benchmarks/operators.py attention --write benchmarks/results/operators-cpu.json
+    python benchmarks/operators.py attention --write benchmarks/results
 
 The two alternate in one run; times are medians, with the 20th and 80th percentile. SDPA gets rows of equal length
-contiguous as [B, H, L, E]; where it is given a mask, the rows' lengths average a quarter of the longest.
+contiguous as [B, H, L, E]; where it is given a mask, the rows' lengths average a quarter of the longest. The other
+operators stand against the loop over tasks, or the concatenation and the mask, that they replace.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,18 +27,37 @@ import typer
 from torch import Tensor
 
 from cmaclip_fast import env
-from cmaclip_fast.ops import packed_attention
+from cmaclip_fast.ops import modality_pool, multitask_cross_entropy, pack_tokens, packed_attention
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BACKENDS = {"cpu": ["cpp"], "cuda": ["cuda", "triton"]}
 SECONDS = 1.0
 """Measured time of each pair, at least five runs and at most a hundred."""
 
 
 @dataclass
-class Pair:
-    """One row of the table: the two ways to compute the same, and the floating-point operations that it takes."""
+class Target:
+    """What runs the operators: a device, one of its backends, and an element type."""
 
+    device: str
+    backend: str
+    dtype: str
+
+    def randn(self, *sizes: int) -> Tensor:
+        generator = torch.Generator().manual_seed(sum(sizes))
+        return torch.randn(*sizes, generator=generator).to(self.device, DTYPES[self.dtype])
+
+
+@dataclass
+class Pair:
+    """One row of the table: the two ways to compute the same, and the floating-point operations that it takes.
+
+    `operations` is 0 where memory, not arithmetic, takes the time.
+    """
+
+    operator: str
     name: str
+    backend: str
     dtype: str
     what: str
     operations: float
@@ -45,7 +67,9 @@ class Pair:
 
 @dataclass
 class Measured:
+    operator: str
     name: str
+    backend: str
     dtype: str
     what: str
     ours: tuple[float, float, float]
@@ -95,40 +119,146 @@ SHAPES = (
 
 class Operator(str, Enum):
     attention = "attention"
+    pack = "pack"
+    pool = "pool"
+    loss = "loss"
 
 
 def main(
     operators: Annotated[list[Operator] | None, typer.Argument(help="Operators to time; all if none is named.")] = None,
     dtypes: Annotated[list[str], typer.Option("--dtype", help="Element types.")] = ["float32", "bfloat16"],  # noqa: B006
     only: Annotated[str, typer.Option(help="Time only what has this in its name.")] = "",
-    write: Annotated[Path | None, typer.Option(help="Also keep the numbers here, as JSON.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    backends: Annotated[list[str] | None, typer.Option("--backend", help="All of the device if none is named.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Also keep the numbers in this folder, as JSON.")] = None,
 ) -> None:
     results = []
     print("| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS))
     for operator in operators or list(Operator):
-        for dtype in dtypes:
-            for pair in PAIRS[operator](dtype):
+        targets = [Target(device, backend, dtype) for backend in backends or BACKENDS[device] for dtype in dtypes]
+        for target in targets:
+            for pair in PAIRS[operator](target):
                 if only in pair.name:
-                    results.append(measure(pair))
+                    results.append(measure(pair, device))
                     print("| " + " | ".join(cells(results[-1])) + " |", flush=True)
     if write is not None:
+        name = (
+            torch.cuda.get_device_name()
+            if device == "cuda"
+            else "cpu-{instruction_set}-{threads}-threads".format(**env.processor())
+        )
+        write.mkdir(parents=True, exist_ok=True)
+        write /= f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{datetime.date.today()}.json"
         report = {"date": str(datetime.date.today()), "torch_isa": torch.backends.cpu.get_cpu_capability()}
-        report |= {name: env.as_dict()[name] for name in ("platform", "python", "packages", "processor", "extension")}
+        report |= {
+            name: env.as_dict()[name] for name in ("platform", "python", "packages", "processor", "gpus", "extension")
+        }
         report["results"] = [asdict(result) for result in results]
         write.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {write}")
 
 
-def attention(dtype: str) -> Iterator[Pair]:
+def pairs(
+    target: Target,
+    operator: str,
+    name: str,
+    leaves: list[Tensor],
+    ours: Callable[[], Tensor],
+    theirs: Callable[[], Tensor],
+) -> Iterator[Pair]:
+    """Forward, and forward with the gradients of `leaves`, of two ways to the same tensor."""
+    for leaf in leaves:
+        leaf.requires_grad_()
+    torch.testing.assert_close(ours().float(), theirs().float(), atol=0.05, rtol=0.05)
+    grad = torch.ones_like(theirs())
+    for what, wrap in (
+        ("forward", torch.no_grad()),
+        ("forward+backward", lambda run: lambda: torch.autograd.grad(run(), leaves, grad)),
+    ):
+        yield Pair(operator, name, target.backend, target.dtype, what, 0, wrap(ours), wrap(theirs))
+
+
+def pool(target: Target) -> Iterator[Pair]:
+    for rows, tasks in ((32, 3), (32, 64), (256, 64)):
+        embeddings, weight = target.randn(rows, 2, 512), target.randn(tasks, 2, 512) / 512**0.5
+        present = (torch.arange(2 * rows).reshape(rows, 2) % 5 > 0).to(target.device)
+
+        def ours(e: Tensor = embeddings, w: Tensor = weight, p: Tensor = present) -> Tensor:
+            return modality_pool(e, w, p, backend=target.backend)[0]
+
+        def theirs(e: Tensor = embeddings, w: Tensor = weight, p: Tensor = present) -> Tensor:
+            pooled = []
+            for vector in w:
+                share = (e * vector).sum(-1).masked_fill(~p, -torch.inf).softmax(-1)
+                pooled.append((share[..., None] * e).sum(1))
+            return torch.stack(pooled, 1)
+
+        yield from pairs(target, "modality_pool", f"{rows} rows, {tasks} tasks", [embeddings, weight], ours, theirs)
+
+
+def pack(target: Target) -> Iterator[Pair]:
+    for rows, mean in ((32, 20), (32, 77), (256, 20)):
+        text, image, types = target.randn(rows, 77, 512), target.randn(rows, 50, 512), target.randn(2, 512)
+        text_lengths = torch.linspace(max(2 * mean - 77, 3), min(2 * mean, 77), rows).int().to(target.device)
+        present = torch.ones(rows, 2, dtype=torch.bool, device=target.device)
+
+        def ours(
+            text: Tensor = text,
+            image: Tensor = image,
+            types: Tensor = types,
+            n: Tensor = text_lengths,
+            p: Tensor = present,
+        ) -> Tensor:
+            return pack_tokens(text, image, n, p, types, backend=target.backend)[0]
+
+        def theirs(
+            text: Tensor = text,
+            image: Tensor = image,
+            types: Tensor = types,
+            n: Tensor = text_lengths,
+            p: Tensor = present,
+        ) -> Tensor:
+            kept = torch.cat([torch.arange(77, device=n.device) < n[:, None], p[:, 1:].expand(-1, 50)], 1)
+            return torch.cat([text + types[0], image + types[1]], 1)[kept]
+
+        yield from pairs(target, "pack_tokens", f"{rows} rows, mean text {mean}", [text, image, types], ours, theirs)
+
+
+def loss(target: Target) -> Iterator[Pair]:
+    for rows, classes in ((32, [19, 61, 12]), (32, [20] * 64), (32, [10] * 1024), (32, [100_000])):
+        logits = target.randn(rows, sum(classes))
+        bounds = [0, *itertools.accumulate(classes)]
+        offsets = torch.tensor(bounds, dtype=torch.int32, device=target.device)
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.stack([torch.randint(-1, n, (rows,), generator=generator) for n in classes], 1).to(target.device)
+        labels[0] = 0
+
+        def ours(x: Tensor = logits, y: Tensor = labels, ends: Tensor = offsets) -> Tensor:
+            return multitask_cross_entropy(x, y, ends, backend=target.backend)
+
+        def theirs(x: Tensor = logits, y: Tensor = labels, ends: list[int] = bounds) -> Tensor:
+            return torch.stack(
+                [
+                    F.cross_entropy(x[:, a:b].float(), y[:, k], ignore_index=-1)
+                    for k, (a, b) in enumerate(itertools.pairwise(ends))
+                ]
+            )
+
+        name = f"{rows} rows, {len(classes)} tasks of {sum(classes) // len(classes)} classes"
+        yield from pairs(target, "multitask_cross_entropy", name, [logits], ours, theirs)
+
+
+def attention(target: Target) -> Iterator[Pair]:
     for shape in SHAPES:
-        yield from attention_pairs(shape, dtype)
+        yield from attention_pairs(shape, target)
 
 
-def attention_pairs(shape: Shape, dtype: str) -> Iterator[Pair]:
+def attention_pairs(shape: Shape, target: Target) -> Iterator[Pair]:
     generator = torch.Generator().manual_seed(0)
     k_lengths = lengths(shape)
     q_lengths = k_lengths if shape.queries is None else [shape.queries] * shape.rows
-    q, grad = (tokens(q_lengths, shape, dtype, generator) for _ in range(2))
-    k, v = (tokens(k_lengths, shape, dtype, generator) for _ in range(2))
+    q, grad = (tokens(q_lengths, shape, target, generator) for _ in range(2))
+    k, v = (tokens(k_lengths, shape, target, generator) for _ in range(2))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     padded_leaves = [
         padded(x.detach(), n).requires_grad_()
@@ -138,11 +268,12 @@ def attention_pairs(shape: Shape, dtype: str) -> Iterator[Pair]:
     mask = None
     if shape.masked:
         mask = (torch.arange(shape.length) < torch.tensor(k_lengths)[:, None])[:, None, None]  # [B, 1, 1, L]
-    ends_q, ends_k = (torch.tensor([0, *n]).cumsum(0).to(torch.int32) for n in (q_lengths, k_lengths))
+        mask = mask.to(target.device)
+    ends_q, ends_k = (torch.tensor([0, *n]).cumsum(0).to(target.device, torch.int32) for n in (q_lengths, k_lengths))
     longest = max(q_lengths), max(k_lengths)
 
     def ours() -> Tensor:
-        return packed_attention(*leaves, ends_q, ends_k, *longest, causal=shape.causal)[0]
+        return packed_attention(*leaves, ends_q, ends_k, *longest, causal=shape.causal, backend=target.backend)[0]
 
     def theirs() -> Tensor:
         return F.scaled_dot_product_attention(*padded_leaves, attn_mask=mask, is_causal=shape.causal)
@@ -152,10 +283,10 @@ def attention_pairs(shape: Shape, dtype: str) -> Iterator[Pair]:
 
     scores = sum(n * (m / 2 if shape.causal else m) for n, m in zip(q_lengths, k_lengths, strict=True))
     operations = 4 * scores * shape.heads * shape.size
-    yield Pair(str(shape), dtype, "forward", operations, without_gradient(ours), without_gradient(theirs))
+    named = ("packed_attention", str(shape), target.backend, target.dtype)
+    yield Pair(*named, "forward", operations, without_gradient(ours), without_gradient(theirs))
     yield Pair(
-        str(shape),
-        dtype,
+        *named,
         "forward+backward",
         3.5 * operations,
         lambda: torch.autograd.grad(ours(), leaves, grad),
@@ -172,8 +303,9 @@ def lengths(shape: Shape) -> list[int]:
     return [shape.length, *others]
 
 
-def tokens(row_lengths: list[int], shape: Shape, dtype: str, generator: torch.Generator) -> Tensor:
-    return torch.randn(sum(row_lengths), shape.heads, shape.size, generator=generator).to(DTYPES[dtype])
+def tokens(row_lengths: list[int], shape: Shape, target: Target, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(sum(row_lengths), shape.heads, shape.size, generator=generator)
+    return drawn.to(target.device, DTYPES[target.dtype])
 
 
 def padded(packed: Tensor, row_lengths: list[int]) -> Tensor:
@@ -182,38 +314,52 @@ def padded(packed: Tensor, row_lengths: list[int]) -> Tensor:
     return rows.transpose(1, 2).contiguous()
 
 
-def measure(pair: Pair) -> Measured:
-    rate = matmul_rate(pair.dtype)
-    ours, theirs = alternate(pair.ours, pair.theirs)
+def measure(pair: Pair, device: str) -> Measured:
+    rate = matmul_rate(pair.dtype, device)
+    ours, theirs = alternate(pair.ours, pair.theirs, device=device)
     gflops = pair.operations / ours[1] / 1e6
-    return Measured(
-        pair.name, pair.dtype, pair.what, ours, theirs, theirs[1] / ours[1], gflops, matmul_share=gflops / rate
-    )
+    named = (pair.operator, pair.name, pair.backend, pair.dtype, pair.what)
+    return Measured(*named, ours, theirs, theirs[1] / ours[1], gflops, matmul_share=gflops / rate)
 
 
-def alternate(*runs: Callable[[], Any]) -> list[tuple[float, float, float]]:
+def alternate(*runs: Callable[[], Any], device: str = "cpu") -> list[tuple[float, float, float]]:
     """Milliseconds of each: 20th percentile, median, 80th percentile."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for run in runs * 2:
         run()
     times: list[list[float]] = [[] for _ in runs]
     begin = time.perf_counter()
     while len(times[0]) < 5 or (time.perf_counter() - begin < SECONDS and len(times[0]) < 100):
         for run, taken in zip(runs, times, strict=True):
+            wait()
             start = time.perf_counter()
             run()
+            wait()
             taken.append((time.perf_counter() - start) * 1e3)
     cuts = [statistics.quantiles(taken, n=5, method="inclusive") for taken in times]
     return [(cut[0], statistics.median(taken), cut[-1]) for cut, taken in zip(cuts, times, strict=True)]
 
 
-def matmul_rate(dtype: str, size: int = 1024) -> float:
+def matmul_rate(dtype: str, device: str) -> float:
     """GFLOP/s of a product of square matrices."""
-    a, b = (torch.randn(size, size).to(DTYPES[dtype]) for _ in range(2))
-    ((_, median, _),) = alternate(lambda: a @ b)
+    size = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
+    ((_, median, _),) = alternate(lambda: a @ b, device=device)
     return 2 * size**3 / median / 1e6
 
 
-HEADINGS = ("shape", "dtype", "", "ours, ms (p20-p80)", "PyTorch, ms (p20-p80)", "ratio", "GFLOP/s", "of matmul")
+HEADINGS = (
+    "operator",
+    "shape",
+    "backend",
+    "dtype",
+    "",
+    "ours, ms (p20-p80)",
+    "PyTorch, ms (p20-p80)",
+    "ratio",
+    "GFLOP/s",
+    "of matmul",
+)
 
 
 def cells(result: Measured) -> list[str]:
@@ -221,12 +367,19 @@ def cells(result: Measured) -> list[str]:
         return f"{times[1]:.2f} ({times[0]:.2f}-{times[2]:.2f})"
 
     return [
-        *(result.name, result.dtype, result.what, milliseconds(result.ours), milliseconds(result.theirs)),
-        *(f"{result.ratio:.2f}", f"{result.gflops:.0f}", f"{result.matmul_share:.0%}"),
+        *(result.operator, result.name, result.backend, result.dtype, result.what),
+        *(milliseconds(result.ours), milliseconds(result.theirs)),
+        f"{result.ratio:.2f}",
+        *((f"{result.gflops:.0f}", f"{result.matmul_share:.0%}") if result.gflops else ("", "")),
     ]
 
 
-PAIRS: dict[Operator, Callable[[str], Iterator[Pair]]] = {Operator.attention: attention}
+PAIRS: dict[Operator, Callable[[Target], Iterator[Pair]]] = {
+    Operator.attention: attention,
+    Operator.pack: pack,
+    Operator.pool: pool,
+    Operator.loss: loss,
+}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,26 @@
+"""The benchmark of the operators runs, compares equal results, and keeps what it measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cmaclip_fast.ops import available_backends
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "operators.py"
+
+
+@pytest.mark.skipif(available_backends()["cpp"] is not None, reason="the extension is not built")
+def test_operators(tmp_path):
+    command = [sys.executable, SCRIPT, "pack", "pool", "loss", "--only", "32 rows", "--dtype", "float32"]
+    done = subprocess.run([*command, "--write", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = tmp_path.iterdir()
+    report = json.loads(path.read_text())
+    assert {row["operator"] for row in report["results"]} == {"pack_tokens", "modality_pool", "multitask_cross_entropy"}
+    assert all(row["ours"][0] <= row["ours"][1] <= row["ours"][2] and row["ratio"] > 0 for row in report["results"])
+    assert report["packages"]["torch"] and report["processor"]["threads"]
