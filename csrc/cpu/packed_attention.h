@@ -9,7 +9,7 @@ namespace cmaclip {
 constexpr int64_t kQueryUnit = 16;    // a block's width is a multiple: at least one vector
 constexpr int64_t kQueryBlock = 64;   // queries whose scores are computed together
 constexpr int64_t kQueryChunk = 256;  // queries of one item of the forward: keys are packed once for all of them
-constexpr int64_t kKeyBlock = 128;
+constexpr int64_t kKeyBlock = 64;
 constexpr int64_t kFewQueries = 4;  // rows of at most so many are computed without packing their keys
 constexpr int64_t kFewScores = 65536;
 constexpr int64_t kUnmasked = int64_t{1} << 30;
@@ -39,6 +39,13 @@ inline int64_t visible_keys(int64_t last, int64_t offset, int64_t keys) {
   return seen < 0 ? 0 : seen < keys ? seen : keys;
 }
 
+// Asks for rows that will be read soon.
+template <typename T>
+void prefetch(int64_t rows, int64_t size, const T* data, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(data + r * stride + i, 0, 2);
+}
+
 // Rows of matrices that will be read soon, fetched into the cache a few at a time while something else is computed: the
 // rows of a head lie too far apart for the processor to foresee them.
 class Ahead {
@@ -53,7 +60,7 @@ class Ahead {
   void step() {
     for (int rows = 0; rows < 8 && at_ < count_; ++rows) {
       Matrix& matrix = matrices_[at_];
-      for (int64_t byte = 0; byte < matrix.size; byte += 64) __builtin_prefetch(matrix.data + byte, 0, 2);
+      prefetch(1, matrix.size, matrix.data, 0);
       matrix.data += matrix.stride;
       if (--matrix.rows == 0) ++at_;
     }

@@ -83,11 +83,11 @@ __attribute__((noinline)) void multiply(int64_t rows, int64_t columns, int64_t d
   }
 }
 
-// Copies rows of `size` elements to rows of `padded`, filled up with 0.
+// Copies rows of `size` elements to rows `padded` apart, filled up with 0 to whole vectors.
 template <typename T>
 __attribute__((noinline)) void pack(int64_t rows, int64_t size, const T* from, int64_t stride, float* to, int64_t padded) {
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t e = 0; e < padded; e += kLanes) store(to + r * padded + e, load(from + r * stride + e, size - e));
+    for (int64_t e = 0; e < size; e += kLanes) store(to + r * padded + e, load(from + r * stride + e, size - e));
 }
 
 // The same, transposed and multiplied by `factor`: to [padded, width], 0 where there is no row.
@@ -376,11 +376,21 @@ Vec dots_with(const float* x, int64_t rows, int64_t size, const T* from, int64_t
   Vec parts[kLanes] = {};
   for (int64_t e = 0; e < size; e += kLanes) {
     const Vec part = load(x + e);
+    if (rows >= kLanes && size - e >= kLanes) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      parts[i] += part * load(from + (i < rows ? i : rows - 1) * stride + e, size - e);
+      for (int i = 0; i < kLanes; ++i) parts[i] += part * load(from + i * stride + e);
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        if (i < rows) parts[i] += part * load(from + i * stride + e, size - e);
+    }
   }
   return lane_sums(parts);
+}
+
+// How many of `left` keys are taken together.
+inline int64_t group(int64_t left) {
+  return left < kLanes ? left : kLanes;
 }
 
 // Where query `query` sees the keys from `key` of which there are `keys`.
@@ -405,13 +415,16 @@ void few_attention(const Head<T>& head, const HeadStrides& next, T* out, float* 
     store(sums + i, Vec{});
   }
   for (int64_t key = 0; key < head.keys; key += kLanes)
-    for (int64_t h = 0; h < next.heads; ++h)
+    for (int64_t h = 0; h < next.heads; ++h) {
+      const T* const k = head.k + h * next.k + key * head.k_stride;
+      prefetch(group(head.keys - key - kLanes), size, k + kLanes * head.k_stride, head.k_stride);
+      if (key < kLanes) prefetch(group(head.keys), size, head.v + h * next.v, head.v_stride);
       for (int64_t n = 0; n < N; ++n) {
-        const Vec score = dots_with(q + (h * N + n) * padded, head.keys - key, size,
-                                    head.k + h * next.k + key * head.k_stride, head.k_stride);
+        const Vec score = dots_with(q + (h * N + n) * padded, head.keys - key, size, k, head.k_stride);
         store(scores + (h * N + n) * row + key,
               seen_by(n, key, head.keys, head.offset) ? score : splat(-INFINITY));
       }
+    }
   for (int64_t h = 0; h < next.heads; ++h)
     for (int64_t n = 0; n < N; ++n) {
       float* const x = scores + (h * N + n) * row;
@@ -430,19 +443,30 @@ void few_attention(const Head<T>& head, const HeadStrides& next, T* out, float* 
       lse[h * next.lse + n] = all == 0 ? -INFINITY : most + std::log(all);
     }
   for (int64_t key = 0; key < head.keys; key += kLanes) {
-    const int64_t count = head.keys - key < kLanes ? head.keys - key : kLanes;
-    for (int64_t h = 0; h < next.heads; ++h)
+    const int64_t count = group(head.keys - key);
+    for (int64_t h = 0; h < next.heads; ++h) {
+      prefetch(group(head.keys - key - kLanes), size, head.v + h * next.v + (key + kLanes) * head.v_stride,
+               head.v_stride);
       for (int64_t e = 0; e < size; e += kLanes) {
         const T* const v = head.v + h * next.v + key * head.v_stride + e;
         const float* const p = scores + h * N * row + key;
         float* const to = sums + h * N * padded + e;
-        Vec total[N] = {};
-        for (int64_t i = 0; i < count; ++i) {
-          const Vec value = load(v + i * head.v_stride, size - e);
-          for (int n = 0; n < N; ++n) total[n] += p[n * row + i] * value;
+        // Two sums, so that one multiplication need not wait for the one before.
+        Vec even[N] = {}, odd[N] = {};
+        int64_t i = 0;
+        for (; i + 1 < count; i += 2) {
+          const Vec value = load(v + i * head.v_stride, size - e), after = load(v + (i + 1) * head.v_stride, size - e);
+          for (int n = 0; n < N; ++n) {
+            even[n] += p[n * row + i] * value;
+            odd[n] += p[n * row + i + 1] * after;
+          }
         }
-        for (int n = 0; n < N; ++n) store(to + n * padded, load(to + n * padded) + total[n]);
+        for (int n = 0; n < N; ++n) {
+          if (i < count) even[n] += p[n * row + i] * load(v + i * head.v_stride, size - e);
+          store(to + n * padded, load(to + n * padded) + even[n] + odd[n]);
+        }
       }
+    }
   }
   for (int64_t h = 0; h < next.heads; ++h)
     unpack(N, size, sums + h * N * padded, padded, 1, out + h * size, head.out_stride);
@@ -468,11 +492,15 @@ void few_attention_backward(const Head<T>& head, const HeadStrides& next, const 
     store(query_grads + i, Vec{});
   }
   for (int64_t key = 0; key < head.keys; key += kLanes) {
-    const int64_t count = head.keys - key < kLanes ? head.keys - key : kLanes;
+    const int64_t count = group(head.keys - key), after = group(head.keys - key - kLanes);
     for (int64_t h = 0; h < next.heads; ++h) {
       const T* const k = head.k + h * next.k + key * head.k_stride;
       const T* const v = head.v + h * next.v + key * head.v_stride;
-      const int64_t at = key * head.out_stride + h * size;
+      const int64_t at = key * head.out_stride + h * size, at_after = at + kLanes * head.out_stride;
+      prefetch(after, size, k + kLanes * head.k_stride, head.k_stride);
+      prefetch(after, size, v + kLanes * head.v_stride, head.v_stride);
+      prefetch(after, size, grad_k + at_after, head.out_stride);
+      prefetch(after, size, grad_v + at_after, head.out_stride);
       float p[N][kLanes], ds[N][kLanes];
       for (int n = 0; n < N; ++n) {
         const float query_lse = lse[h * next.lse + n];

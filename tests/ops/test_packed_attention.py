@@ -40,6 +40,16 @@ def test_query_and_key_lengths(backend, causal, q_lengths, k_lengths):
     check(packed_attention_case(q_lengths, k_lengths, size=64, causal=causal, spare=3), backend, torch.float32)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [20, 64])
+def test_few_queries(backend, dtype, causal, size):
+    case = packed_attention_case([1, 2, 3, 4, 5, 2, 2], [50, 127, 17, 64, 33, 1, 0], heads=3, size=size, causal=causal)
+    check(case, backend, dtype)
+    check(case, backend, dtype, transform=spread)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_longest_row(backend):
@@ -58,10 +68,11 @@ def test_any_shape(lengths, heads, size, causal):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_views(backend):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_views(backend, dtype):
     case = packed_attention_case([5, 9], heads=3, size=20)
-    check(case, backend, torch.float32, transform=spread)
-    check(case, backend, torch.float32, transform=lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))
+    check(case, backend, dtype, transform=spread)
+    check(case, backend, dtype, transform=lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -118,8 +129,9 @@ def test_gradcheck(causal):
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
-def test_same_gradient_for_any_number_of_threads(backend):
-    case = packed_attention_case([45, 200, 1, 70] * 4, heads=4, size=64)
+@pytest.mark.parametrize(("lengths", "heads"), [([45, 200, 1, 70] * 4, 4), ([1300], 1)])
+def test_same_gradient_for_any_number_of_threads(backend, lengths, heads):
+    case = packed_attention_case(lengths, heads=heads, size=64)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
