@@ -17,8 +17,8 @@ LOWEST = tl.constexpr(-1e38)
 Blocks = tuple[int, int, int, int]  # BLOCK_Q, BLOCK_K, num_warps, num_stages
 
 # By the greatest head size, then whether float32; small blocks first. All hold without spills and within 99 KiB of
-# shared memory on sm_80, sm_90 and sm_100, except float32's gradient of q beyond a head size of 128. Products of
-# float32 stay off the tensor cores, to be exact, and take their operands from registers.
+# shared memory on sm_80, sm_90 and sm_100 up to a head size of 128; beyond, float32's gradient of q spills. Products
+# of float32 stay off the tensor cores, to be exact, and take their operands from registers.
 FORWARD_BLOCKS: dict[float, dict[bool, list[Blocks]]] = {
     64: {
         False: [(16, 32, 2, 2), (16, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2)],

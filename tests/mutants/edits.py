@@ -153,12 +153,6 @@ EDITS = (
     ),
     cuda(
         "packed_attention",
-        "backward: a query that sees no key keeps minus infinity",
-        "row_lse[r] = lse[query] == -INFINITY ? INFINITY : lse[query];",
-        "row_lse[r] = lse[query];",
-    ),
-    cuda(
-        "packed_attention",
         "backward: the gradients of k and v change places",
         "tile::add_weighted_rows<T, Size, kColumns>(second, powers, streamed_b + at, columns);",
         "tile::add_weighted_rows<T, Size, kColumns>(second, slopes, streamed_b + at, columns);",
