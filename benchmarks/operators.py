@@ -3,13 +3,15 @@
     python benchmarks/operators.py attention --write benchmarks/results/operators-cpu.json
 
 The two alternate in one run; times are medians, with the 20th and 80th percentile. SDPA gets rows of equal length
-contiguous as [B, H, L, E]; where it is given a mask, the rows' lengths average a quarter of the longest.
+contiguous as [B, H, L, E]; where it is given a mask, the rows' lengths average a quarter of the longest. The file keeps
+the machine's load too: above 0 before, other work has disturbed the times.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -101,9 +103,12 @@ def main(
     operators: Annotated[list[Operator] | None, typer.Argument(help="Operators to time; all if none is named.")] = None,
     dtypes: Annotated[list[str], typer.Option("--dtype", help="Element types.")] = ["float32", "bfloat16"],  # noqa: B006
     only: Annotated[str, typer.Option(help="Time only what has this in its name.")] = "",
+    threads: Annotated[int | None, typer.Option(help="Threads that PyTorch uses.")] = None,
     write: Annotated[Path | None, typer.Option(help="Also keep the numbers here, as JSON.")] = None,
 ) -> None:
-    results = []
+    if threads is not None:
+        torch.set_num_threads(threads)
+    results, load = [], os.getloadavg()[0]
     print("| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS))
     for operator in operators or list(Operator):
         for dtype in dtypes:
@@ -113,6 +118,7 @@ def main(
                     print("| " + " | ".join(cells(results[-1])) + " |", flush=True)
     if write is not None:
         report = {"date": str(datetime.date.today()), "torch_isa": torch.backends.cpu.get_cpu_capability()}
+        report["load"] = {"before": load, "after": os.getloadavg()[0]}
         report |= {name: env.as_dict()[name] for name in ("platform", "python", "packages", "processor", "extension")}
         report["results"] = [asdict(result) for result in results]
         write.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
