@@ -4,7 +4,8 @@
 
 The two alternate in one run; times are medians, with the 20th and 80th percentile. SDPA gets rows of equal length
 contiguous as [B, H, L, E]; where it is given a mask, the rows' lengths average a quarter of the longest. The other
-operators stand against the loop over tasks, or the concatenation and the mask, that they replace.
+operators stand against the loop over tasks, or the concatenation and the mask, that they replace. The file keeps the
+machine's load too: above 0 before, other work has disturbed the times.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import os
 import re
 import statistics
 import time
@@ -130,9 +132,12 @@ def main(
     only: Annotated[str, typer.Option(help="Time only what has this in its name.")] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     backends: Annotated[list[str] | None, typer.Option("--backend", help="All of the device if none is named.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads that PyTorch uses on the CPU.")] = None,
     write: Annotated[Path | None, typer.Option(help="Also keep the numbers in this folder, as JSON.")] = None,
 ) -> None:
-    results = []
+    if threads is not None:
+        torch.set_num_threads(threads)
+    results, load = [], os.getloadavg()[0]
     print("| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS))
     for operator in operators or list(Operator):
         targets = [Target(device, backend, dtype) for backend in backends or BACKENDS[device] for dtype in dtypes]
@@ -150,6 +155,7 @@ def main(
         write.mkdir(parents=True, exist_ok=True)
         write /= f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{datetime.date.today()}.json"
         report = {"date": str(datetime.date.today()), "torch_isa": torch.backends.cpu.get_cpu_capability()}
+        report["load"] = {"before": load, "after": os.getloadavg()[0]}
         report |= {
             name: env.as_dict()[name] for name in ("platform", "python", "packages", "processor", "gpus", "extension")
         }
