@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from cmaclip_fast.ops import reference
 
-from .arrays import DTYPES, Load, assert_close, ends
+from .arrays import DTYPES, Load, assert_close, ceil_div, ends
 from .attention import PRODUCTS, Attention, fewest_instructions
 from .emulate import ORDERS
 
@@ -122,13 +124,16 @@ def test_nan_stays_in_its_query(kernels: Load) -> None:
     assert out[others].isfinite().all() and lse[:, others].isfinite().all()
 
 
-def test_rows_with_most_keys_come_first(kernels: Load) -> None:
-    lengths = [3, 300, 70, 0, 129]
+@pytest.mark.parametrize("rows", [5, 31, 70])
+def test_rows_with_most_keys_come_first(kernels: Load, rows: int) -> None:
+    """In the order of whole 64 keys, as they come where these are equal; more rows than a warp's lanes in turns."""
+    lengths = [3, 300, 70, 0, 129, *torch.randint(0, 300, (rows - 5,)).tolist()]
     q, k, v = inputs(lengths, lengths, 1, 32, torch.float16)
     call = Attention(kernels, q, k, v, lengths, lengths)
     items = call.plan(len(q), 4, call.ends_q, call.ends_k).view("int32").reshape(-1, 2)
-    first = [0, 3, 303, 373, 373]
-    expected = [(row, first[row] + at) for row in (1, 4, 2, 0) for at in range(0, lengths[row], 64)]
+    first = [0, *itertools.accumulate(lengths)]
+    order = sorted(range(rows), key=lambda row: -ceil_div(lengths[row], 64))
+    expected = [(row, first[row] + at) for row in order for at in range(0, lengths[row], 64)]
     assert [tuple(item) for item in items[: len(expected)]] == expected
     assert (items[len(expected) :, 0] == -1).all()
 
