@@ -254,7 +254,7 @@ def dynamic_shared(operator: str, kernel: str, dtype: str) -> str:
         head = int(re.findall(r"\d+", kernel)[0])
         which = kernel.partition("<")[0]
         warps = attention.MOST_WARPS if which == "forward" else attention.most_grad_warps(size, head)
-        return str(attention.library(kernels, DTYPES[dtype], head).call(f"{which}_bytes", warps))
+        return str(attention.compiled(kernels, DTYPES[dtype], head).call(f"{which}_bytes", warps))
     if operator == "modality_pool" and kernel.endswith("true>"):
         return str(2 * WIDTH * size)
     if operator == "multitask_cross_entropy" and kernel.endswith("true>"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from cmaclip_fast.ops import autocast, checks, dispatch, reference
 
@@ -47,12 +47,12 @@ def modality_pool(
     return torch.ops.cmaclip.modality_pool(embeddings, weight, present, dispatch.requested(backend))
 
 
-torch.library.define(
+library.define(
     "cmaclip::modality_pool",
     "(Tensor embeddings, Tensor weight, Tensor present, str backend) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-torch.library.define(
+library.define(
     "cmaclip::modality_pool_backward",
     "(Tensor grad_pooled, Tensor? grad_weights, Tensor embeddings, Tensor weight, Tensor present, Tensor weights,"
     " str backend) -> (Tensor, Tensor)",
@@ -60,14 +60,14 @@ torch.library.define(
 )
 
 
-@torch.library.impl("cmaclip::modality_pool", "default")
+@library.impl("cmaclip::modality_pool", "default")
 def _forward(embeddings: Tensor, weight: Tensor, present: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     checks.not_nan("weight", weight)
     run = dispatch.implementation("modality_pool", "forward", backend, embeddings)
     return run(embeddings.contiguous(), weight.contiguous(), present.contiguous())
 
 
-@torch.library.impl("cmaclip::modality_pool_backward", "default")
+@library.impl("cmaclip::modality_pool_backward", "default")
 def _backward(
     grad_pooled: Tensor,
     grad_weights: Tensor | None,
@@ -88,14 +88,14 @@ def _backward(
     )
 
 
-@torch.library.register_fake("cmaclip::modality_pool")
+@library.register_fake("cmaclip::modality_pool")
 def _(embeddings: Tensor, weight: Tensor, present: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     rows, modalities, width = embeddings.shape
     weights = embeddings.new_empty(rows, len(weight), modalities, dtype=reference.wide(embeddings.dtype))
     return embeddings.new_empty(rows, len(weight), width), weights
 
 
-@torch.library.register_fake("cmaclip::modality_pool_backward")
+@library.register_fake("cmaclip::modality_pool_backward")
 def _(
     grad_pooled: Tensor,
     grad_weights: Tensor | None,
@@ -128,4 +128,4 @@ def _autograd(
     return grad_embeddings, grad_weight, None, None
 
 
-torch.library.register_autograd("cmaclip::modality_pool", _autograd, setup_context=_setup_context)
+library.register_autograd("cmaclip::modality_pool", _autograd, setup_context=_setup_context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from cmaclip_fast.ops import autocast, checks, dispatch, reference
 
@@ -58,13 +58,13 @@ def multitask_cross_entropy(
     )[0]
 
 
-torch.library.define(
+library.define(
     "cmaclip::multitask_cross_entropy",
     "(Tensor logits, Tensor labels, Tensor offsets, Tensor? class_weight, float label_smoothing, str backend)"
     " -> (Tensor loss, Tensor lse, Tensor weight_sum)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-torch.library.define(
+library.define(
     "cmaclip::multitask_cross_entropy_backward",
     "(Tensor grad_loss, Tensor logits, Tensor labels, Tensor offsets, Tensor? class_weight, float label_smoothing,"
     " Tensor lse, Tensor weight_sum, str backend) -> Tensor",
@@ -72,7 +72,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("cmaclip::multitask_cross_entropy", "default")
+@library.impl("cmaclip::multitask_cross_entropy", "default")
 def _forward(
     logits: Tensor,
     labels: Tensor,
@@ -92,7 +92,7 @@ def _forward(
     )
 
 
-@torch.library.impl("cmaclip::multitask_cross_entropy_backward", "default")
+@library.impl("cmaclip::multitask_cross_entropy_backward", "default")
 def _backward(
     grad_loss: Tensor,
     logits: Tensor,
@@ -135,7 +135,7 @@ def _check_values(logits: Tensor, labels: Tensor, offsets: Tensor) -> None:
     checks.not_nan("logits", logits)
 
 
-@torch.library.register_fake("cmaclip::multitask_cross_entropy")
+@library.register_fake("cmaclip::multitask_cross_entropy")
 def _(
     logits: Tensor,
     labels: Tensor,
@@ -149,7 +149,7 @@ def _(
     return like.new_empty(tasks), like.new_empty(rows, tasks), like.new_empty(tasks)
 
 
-@torch.library.register_fake("cmaclip::multitask_cross_entropy_backward")
+@library.register_fake("cmaclip::multitask_cross_entropy_backward")
 def _(
     grad_loss: Tensor,
     logits: Tensor,
@@ -181,4 +181,4 @@ def _autograd(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     return grad_logits, None, None, None, None, None
 
 
-torch.library.register_autograd("cmaclip::multitask_cross_entropy", _autograd, setup_context=_setup_context)
+library.register_autograd("cmaclip::multitask_cross_entropy", _autograd, setup_context=_setup_context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from cmaclip_fast.ops import autocast, checks, dispatch
 
@@ -61,13 +61,13 @@ def pack_tokens(
     )
 
 
-torch.library.define(
+library.define(
     "cmaclip::pack_tokens",
     "(Tensor text, Tensor image, Tensor text_lengths, Tensor present, Tensor? type_embedding, SymInt? capacity,"
     " str backend) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-torch.library.define(
+library.define(
     "cmaclip::pack_tokens_backward",
     "(Tensor grad_packed, Tensor text_lengths, Tensor present, Tensor cu_seqlens, SymInt length, SymInt patches,"
     " str backend) -> (Tensor, Tensor, Tensor)",
@@ -75,7 +75,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("cmaclip::pack_tokens", "default")
+@library.impl("cmaclip::pack_tokens", "default")
 def _forward(
     text: Tensor,
     image: Tensor,
@@ -97,7 +97,7 @@ def _forward(
     )
 
 
-@torch.library.impl("cmaclip::pack_tokens_backward", "default")
+@library.impl("cmaclip::pack_tokens_backward", "default")
 def _backward(
     grad_packed: Tensor,
     text_lengths: Tensor,
@@ -134,7 +134,7 @@ def _check_values(text: Tensor, image: Tensor, text_lengths: Tensor, present: Te
     checks.not_nan("image", image)
 
 
-@torch.library.register_fake("cmaclip::pack_tokens")
+@library.register_fake("cmaclip::pack_tokens")
 def _(
     text: Tensor,
     image: Tensor,
@@ -144,11 +144,11 @@ def _(
     capacity: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    tokens = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
+    tokens = library.get_ctx().new_dynamic_size() if capacity is None else capacity
     return text.new_empty(tokens, text.shape[2]), text_lengths.new_empty(text.shape[0] + 1)
 
 
-@torch.library.register_fake("cmaclip::pack_tokens_backward")
+@library.register_fake("cmaclip::pack_tokens_backward")
 def _(
     grad_packed: Tensor,
     text_lengths: Tensor,
@@ -184,4 +184,4 @@ def _autograd(ctx: Any, grad_packed: Tensor | None, _: None) -> tuple[Tensor | N
     return grad_text, grad_image, None, None, grad_type if ctx.typed else None, None, None
 
 
-torch.library.register_autograd("cmaclip::pack_tokens", _autograd, setup_context=_setup_context)
+library.register_autograd("cmaclip::pack_tokens", _autograd, setup_context=_setup_context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from cmaclip_fast.ops import autocast, checks, dispatch, reference
 
@@ -70,13 +70,13 @@ def packed_attention(
     )
 
 
-torch.library.define(
+library.define(
     "cmaclip::packed_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
     " float scale, bool causal, str backend) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-torch.library.define(
+library.define(
     "cmaclip::packed_attention_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q,"
     " Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool causal, str backend)"
@@ -85,7 +85,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("cmaclip::packed_attention", "default")
+@library.impl("cmaclip::packed_attention", "default")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -108,7 +108,7 @@ def _forward(
     return run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal)
 
 
-@torch.library.impl("cmaclip::packed_attention_backward", "default")
+@library.impl("cmaclip::packed_attention_backward", "default")
 def _backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -144,7 +144,7 @@ def _backward(
     )
 
 
-@torch.library.register_fake("cmaclip::packed_attention")
+@library.register_fake("cmaclip::packed_attention")
 def _(
     q: Tensor,
     k: Tensor,
@@ -160,7 +160,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=reference.wide(q.dtype))
 
 
-@torch.library.register_fake("cmaclip::packed_attention_backward")
+@library.register_fake("cmaclip::packed_attention_backward")
 def _(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -198,7 +198,7 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return (*grads, *(None,) * 7)
 
 
-torch.library.register_autograd("cmaclip::packed_attention", _autograd, setup_context=_setup_context)
+library.register_autograd("cmaclip::packed_attention", _autograd, setup_context=_setup_context)
 
 
 def _cannot(q: Tensor) -> tuple[tuple[str, str], ...]:

@@ -30,7 +30,7 @@ class Shape(ctypes.Structure):
     )
 
 
-def library(kernels: Load, dtype: torch.dtype, size: int) -> Kernels:
+def compiled(kernels: Load, dtype: torch.dtype, size: int) -> Kernels:
     return kernels("packed_attention", f"-DELEMENT={ELEMENTS[dtype]}", f"-DSIZE={size}")
 
 
@@ -96,8 +96,8 @@ class Attention:
         self.causal, self.scale = causal, self.size**-0.5 if scale is None else scale
         self.rows = len(q_lengths)
         self.ends_q, self.ends_k = ends(q_lengths).numpy(), ends(k_lengths).numpy()
-        compiled = next(size for size in SIZES if size >= self.size)
-        self.library = library(kernels, self.dtype, compiled)
+        size = next(size for size in SIZES if size >= self.size)
+        self.library = compiled(kernels, self.dtype, size)
         self.given = {name: self._array(name, tensor) for name, tensor in (("q", q), ("k", k), ("v", v))}
         strides = [Strides(tensor.stride(0), tensor.stride(1)) for tensor in (q, k, v)]
         sizes = (self.rows, self.heads, self.size, self.tokens_q, self.tokens_k)
