@@ -224,6 +224,8 @@ def run_layers(
 
 # Weights laid out for the matrix library, with the version of the weight that each was made from.
 _LAID_OUT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# For fewer, MKL has plain products that round less than those from a layout.
+_FEWEST_ROWS = 16
 
 
 def lay_out(weights: Iterable[Tensor], tokens: int = 1024) -> int:
@@ -246,19 +248,21 @@ def lay_out(weights: Iterable[Tensor], tokens: int = 1024) -> int:
         if on_cpu and weight.ndim == 2 and weight.dtype == torch.float32:
             with torch.inference_mode(False), torch.no_grad():
                 copy = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), tokens)
-            _LAID_OUT[weight] = (weight._version, weight.data_ptr(), copy, tokens)
+            _LAID_OUT[weight] = (weight._version, weight.data_ptr(), copy)
             taken += weight.nbytes
     return taken
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, by a weight that was laid out where there is one."""
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.dtype == torch.float32:
-        found = _LAID_OUT.get(weight)
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows >= _FEWEST_ROWS and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        found = _LAID_OUT.get(weight) if x.dtype == torch.float32 else None
         if found is not None and not torch.is_autocast_enabled(x.device.type):
-            version, address, copy, tokens = found
+            version, address, copy = found
             if version == weight._version and address == weight.data_ptr():
-                return torch.ops.mkl._mkl_linear(x, copy, weight, bias, tokens)
+                # MKL takes a layout for any number of rows; PyTorch uses it only if it is told this very number
+                return torch.ops.mkl._mkl_linear(x, copy, weight, bias, rows)
     return F.linear(x, weight, bias)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from families import CONTEXT, END, image_kind, make_tokens, small, text_kind
 from padded import padded_logits
 
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.tokenizer import OpenClipTokenizer
 from cmaclip_fast.inference import InferenceModel, bucket
-from cmaclip_fast.layers import lay_out
+from cmaclip_fast.layers import lay_out, linear
 from cmaclip_fast.model import CMACLIP, ModelConfig
 from cmaclip_fast.types import Batch
 
@@ -144,6 +145,22 @@ def test_layouts_are_counted_and_made_of_matrices_alone() -> None:
     weights = [torch.nn.Parameter(torch.randn(8, 4)), torch.nn.Parameter(torch.randn(4))]
     expected = 8 * 4 * 4 if torch.backends.mkl.is_available() else 0
     assert lay_out(weights) == expected
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
+@pytest.mark.parametrize("shape", [(77, 300), (2304, 768), (768, 3072), (512, 512)])
+def test_a_layout_serves_products_of_any_number_of_rows_but_few(shape: tuple[int, int]) -> None:
+    weight, bias = torch.nn.Parameter(torch.randn(shape)), torch.nn.Parameter(torch.randn(shape[0]))
+    lay_out([weight])
+    for rows in (1, 2, 7, 16, 50, 127, 600, 1600):
+        x = torch.randn(rows, shape[1])
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            found = linear(x, weight, bias)
+        ran = {event.key for event in profile.key_averages()}
+        assert ("mkl::_mkl_linear" in ran) == ("aten::linear" not in ran) == (rows >= 16)
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        error, plain = (found - exact).abs().max(), (F.linear(x, weight, bias) - exact).abs().max()
+        assert error <= 2 * plain
 
 
 def test_buckets_hold_the_tokens_and_are_few() -> None:
