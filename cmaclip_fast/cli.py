@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cmaclip_fast.data.examples import Examples
     from cmaclip_fast.data.named import Columns
     from cmaclip_fast.data.table import Table
-    from cmaclip_fast.model import CMACLIP
+    from cmaclip_fast.systems.base import System
 
 app = typer.Typer(
     help="Classify image-text pairs with CMA-CLIP: train, evaluate, predict, explain.",
@@ -67,6 +67,12 @@ BadRowsOption = Annotated[
 ]
 PixelsOption = Annotated[int, typer.Option(min=1, help="Pictures of more pixels than this are refused.")]
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one.")]
+TextTowerOption = Annotated[
+    str | None, typer.Option(help="Folder with a Hugging Face encoder, in place of the model's text tower.")
+]
+ImageTowerOption = Annotated[
+    str | None, typer.Option(help="NAME or NAME:WEIGHTS of a timm model, in place of the model's image tower.")
+]
 BatchOption = Annotated[int, typer.Option(min=1, help="Rows at a time.")]
 ModelArgument = Annotated[Path, typer.Argument(help="A folder that `cmaclip train` wrote.")]
 
@@ -96,8 +102,11 @@ def train(
     image: ImageOption = None,
     text: TextOption = None,
     task: TaskOption = None,
+    system: Annotated[str, typer.Option(help="`cma-clip`, or another of docs/systems.md, such as `mmbt`.")] = "cma-clip",
     model: Annotated[str, typer.Option(help="`tiny`, or an open_clip model name such as ViT-B-32.")] = "tiny",
     pretrained: Annotated[str | None, typer.Option(help="An open_clip tag, or a checkpoint file.")] = None,
+    text_tower: TextTowerOption = None,
+    image_tower: ImageTowerOption = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training rows.")] = None,
     contrastive_epochs: Annotated[
         int | None, typer.Option(min=0, help="Passes with CLIP's own loss before the tasks.")
@@ -113,7 +122,7 @@ def train(
     vectors: Annotated[Vectors, typer.Option(help="Keyless vectors of modality attention.")] = Vectors.task,
     option: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=VALUE of `ModelConfig` or `TrainingConfig`, such as `depth=3`; repeat."),
+        typer.Option(help="NAME=VALUE of the system's options or of `TrainingConfig`, such as `depth=3`; repeat."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Repeats a run exactly on a CPU.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0,
@@ -138,12 +147,15 @@ def train(
     from cmaclip_fast.training import train as run_training
 
     table = _read(data, image, text, task, key, image_dir, max_image_pixels, split_column)
-    model_options, training_options = _options(option or [])
-    model_options |= {
-        "sequence_attention": sequence_attention,
-        "modality_attention": modality_attention,
-        "vectors": vectors.value,
-    }
+    model_options, training_options = _options(option or [], system)
+    if not sequence_attention:
+        model_options["sequence_attention"] = False
+    if not modality_attention:
+        model_options["modality_attention"] = False
+    if vectors is not Vectors.task:
+        model_options["vectors"] = vectors.value
+    towers = {"text_tower": text_tower, "image_tower": image_tower}
+    model_options |= {name: value for name, value in towers.items() if value is not None}
     training_options |= {"seed": seed, "workers": workers, "mixed_precision": mixed_precision}
     given = {
         "epochs": epochs,
@@ -157,6 +169,7 @@ def train(
     run = TrainingRun(
         table,
         output,
+        system,
         model,
         pretrained,
         model_options,
@@ -409,15 +422,16 @@ def _check_output_file(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path}: exists already: name another file, or pass --overwrite to replace it")
 
 
-def _options(pairs: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`NAME=VALUE` strings, sorted into model and training options."""
+def _options(pairs: list[str], system: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`NAME=VALUE` strings, sorted into the options of the system and of training."""
     from cmaclip_fast.fitting import TrainingConfig
-    from cmaclip_fast.model import ModelConfig
+    from cmaclip_fast.systems import find_system
 
+    fields = find_system(system)[0].Config.model_fields
     model: dict[str, Any] = {}
     training: dict[str, Any] = {}
     own = {"name", "seed", "workers", "mixed_precision", "sequence_attention", "modality_attention", "vectors"}
-    known = {*ModelConfig.model_fields, *TrainingConfig.model_fields} - own
+    known = {*fields, *TrainingConfig.model_fields} - own - {"text_tower", "image_tower"}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or name not in known:
@@ -426,7 +440,7 @@ def _options(pairs: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             parsed = json.loads(value)
         except json.JSONDecodeError:
             parsed = value
-        (model if name in ModelConfig.model_fields else training)[name] = parsed
+        (model if name in fields else training)[name] = parsed
     return model, training
 
 
@@ -445,7 +459,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _load(directory: Path, device: str) -> tuple[CMACLIP, ArtifactConfig]:
+def _load(directory: Path, device: str) -> tuple[System, ArtifactConfig]:
     from cmaclip_fast.artifact import load_config, load_model
 
     return load_model(directory, _device(device)), load_config(directory)
@@ -509,7 +523,7 @@ class Source:
 
 
 def _examples(
-    model: CMACLIP, table: Table, unknown: Literal["error", "ignore"], tasks: list[str] | None = None
+    model: System, table: Table, unknown: Literal["error", "ignore"], tasks: list[str] | None = None
 ) -> Examples:
     from cmaclip_fast.data.examples import Examples
     from cmaclip_fast.data.files import near
