@@ -67,6 +67,8 @@ class TrainingRun:
         target_precision: for thresholds and recall at a fixed precision.
         overwrite: replace an existing output folder.
         resume: go on from the checkpoint of a run towards `output` that did not end.
+        splits: the rows of `table` checked and split already, as `split_table` gives them; None does both.
+        report: write `report.html`.
     """
 
     table: Table
@@ -81,6 +83,8 @@ class TrainingRun:
     target_precision: float = 0.9
     overwrite: bool = False
     resume: bool = False
+    splits: dict[str, Table] | None = None
+    report: bool = True
 
     def config(self) -> TrainingConfig:
         """The training configuration, checked.
@@ -182,10 +186,9 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         )
         save_model(work, model, columns, source_name(run.table.name), config.model_dump(mode="json"))
         seconds = time.perf_counter() - started
-        render_report(
-            _report(run, model, examples["test"], answers, metrics, progression, parameters, seconds, config),
-            work / REPORT,
-        )
+        if run.report:
+            view = _report(run, model, examples["test"], answers, metrics, progression, parameters, seconds, config)
+            render_report(view, work / REPORT)
         (work / CHECKPOINT).unlink(missing_ok=True)
         (work / RUN).unlink(missing_ok=True)
         log.info("wrote %s", run.output)
@@ -229,6 +232,8 @@ def _check_output(run: TrainingRun) -> Result | None:
 
 def _prepare(run: TrainingRun, config: TrainingConfig) -> tuple[dict[str, Table], dict[str, int]]:
     """The checked rows, split; and how many rows were bad in what way."""
+    if run.splits is not None:
+        return run.splits, {}
     counts: Counter[str] = Counter()
     tables = {}
     # split before rows are dropped, so that the same split can be made again whatever is done with bad rows

@@ -40,7 +40,7 @@ class CrossAttention(nn.Module):
     def forward(self, queries: Tensor, inputs: Tensor, cu_queries: Tensor, cu_inputs: Tensor, longest: int) -> Tensor:
         """`queries [B * Q, D]`, `inputs [T, D]`, both packed -> `[B * Q, D]`."""
         q = self.q(self.norm_queries(queries)).unflatten(1, (self.heads, -1))
-        k, v = self.kv(self.norm_inputs(inputs)).view(len(inputs), 2, self.heads, -1).unbind(1)
+        k, v = self.kv(self.norm_inputs(inputs)).unflatten(1, (2, self.heads, -1)).unbind(1)
         most = len(queries) // max(1, len(cu_queries) - 1)
         attended, _ = packed_attention(q, k, v, cu_queries, cu_inputs, most, longest)
         x = queries + self.dropout(self.out(attended.flatten(1)))

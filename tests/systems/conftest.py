@@ -15,9 +15,9 @@ from cmaclip_fast.systems.base import System
 TASKS = {"colour": ["blue", "green", "red"], "style/cut": ["long", "short"]}
 TEXTS = ["a long red dress", "short blue coat", "green skirt", "a short red coat", None, "blue dress", "long skirt"]
 IMAGES = [True, True, True, True, True, False, True]
-SIZE = 48
+SIZE = 32
 # a user's own system may be registered by a test, so what comes with the package is listed before
-NAMES = [*sorted(systems()), *VARIANTS]
+NAMES = [*sorted(systems()), *(name for name in VARIANTS if name not in ("imagebert", "clip-zero-shot-text"))]
 
 
 def make_tokenizer() -> TrainedTokenizer:

@@ -56,7 +56,7 @@ def test_logits_of_every_task(name: str) -> None:
 def test_the_loss_falls_in_training(name: str) -> None:
     torch.manual_seed(0)
     system = make(name)
-    config = TrainingConfig(learning_rate=2e-3, tower_learning_rate=2e-3, text_dropout=0.1, image_dropout=0.1)
+    config = TrainingConfig(learning_rate=4e-3, tower_learning_rate=4e-3, text_dropout=0.1, image_dropout=0.1)
     objective = Objective(system, config)
     optimizer = torch.optim.AdamW(parameter_groups(system, config))
     for group in optimizer.param_groups:
@@ -64,20 +64,20 @@ def test_the_loss_falls_in_training(name: str) -> None:
     batch = make_batch()
     objective.train()
     losses = []
-    for _ in range(20):
+    for _ in range(9):
         loss, report = objective(batch, contrastive=not system.uses_labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(report))
-    assert sum(losses[-3:]) / 3 < 0.8 * sum(losses[:3]) / 3, losses
+    assert sum(losses[-3:]) < 0.85 * sum(losses[:3]), losses
 
 
 def test_every_parameter_that_trains_gets_a_gradient(name: str) -> None:
-    """Summed over batches, since masks are drawn; CLIP's own projections are for the warm start."""
+    """Summed over steps, since masks are drawn; CLIP's own projections are for the warm start."""
     system = make(name).train()
     objective = Objective(system, TrainingConfig(text_dropout=0.0, image_dropout=0.0))
-    for _ in range(6):
+    for _ in range(4):
         objective(make_batch(), contrastive=not system.uses_labels)[0].backward()
     without = {name for name, p in system.named_parameters() if p.grad is None}
     assert without <= {"logit_scale", "image_tower.visual.proj", "text_tower.text.text_projection"}
