@@ -174,7 +174,9 @@ def _text_tower(text: str | HuggingFaceText, embed: int) -> tuple[HFTextEncoder,
         pooling = "mean_pooler" if built.mean else "cls_last_hidden_state_pooler"
         encoder = HFTextEncoder("", embed, config=settings, pooler_type=pooling, proj_type="linear")
     except KeyError:
-        raise InputError(f"text encoder of type '{settings.model_type}' is not one open_clip knows: use a BERT") from None
+        raise InputError(
+            f"text encoder of type '{settings.model_type}' is not one open_clip knows: use a BERT"
+        ) from None
     encoder.transformer = transformer
     most = getattr(settings, "max_position_embeddings", 512)
     return encoder, built, int(settings.pad_token_id or 0), most

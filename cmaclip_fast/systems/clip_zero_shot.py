@@ -8,7 +8,7 @@ by CLIP's contrastive loss on the pairs alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,9 @@ class ZeroShotCLIP(TwoTowers):
             )
             names = [name.replace("_", " ") for name in classes]
             self._classifiers.append(
-                build_zero_shot_classifier(self, self._tokens, names, templates, num_classes_per_batch=64, device=device)
+                build_zero_shot_classifier(
+                    self, self._tokens, names, templates, num_classes_per_batch=64, device=device
+                )
             )
         super().train(was_training)
         return self._classifiers
@@ -111,4 +113,4 @@ class ZeroShotCLIP(TwoTowers):
             task: scale * mean @ classes.to(mean.dtype)
             for task, classes in zip(self.tasks, self.classifiers(), strict=True)
         }
-        return Output(logits, embedding=cast(Tensor, embedding))
+        return Output(logits, embedding=embedding)

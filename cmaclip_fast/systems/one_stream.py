@@ -34,7 +34,9 @@ class Pretext(nn.Module):
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__()
-        self.words = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, vocabulary))
+        self.words = nn.Sequential(
+            nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, vocabulary)
+        )
         self.match = nn.Linear(width, 2)
 
     def word_loss(self, fused: Fused, tokens: Tensor, chosen: Tensor) -> Tensor:
@@ -163,9 +165,7 @@ class OneStreamBERT(TwoTowers):
             chosen, tokens = F.pad(chosen, (1, 0)), F.pad(tokens, (1, 0))
         return text, counts, tokens, chosen, lengths
 
-    def _patch_losses(
-        self, batch: Batch, encoded: Encoded, patches: Tensor, complete: Tensor
-    ) -> dict[str, Tensor]:
+    def _patch_losses(self, batch: Batch, encoded: Encoded, patches: Tensor, complete: Tensor) -> dict[str, Tensor]:
         rows = mismatched(complete)
         matches = rows == torch.arange(len(rows), device=rows.device)
         text, counts, tokens, chosen, _ = self._hidden_words(batch, rows, matches & batch.present[:, TEXT])
@@ -203,9 +203,7 @@ class OneStreamBERT(TwoTowers):
         fused = self.stream(text, counts, torch.cat([encoded.image, shown], dim=1), batch.present)
         losses = {
             "masked words": self.pretext.word_loss(fused, tokens, chosen),
-            "tags or polluted tags": self.pretext.match_loss(
-                fused, matches, has_image & (has_image.sum() > 1)
-            ),
+            "tags or polluted tags": self.pretext.match_loss(fused, matches, has_image & (has_image.sum() > 1)),
         }
         at, places = hidden.nonzero(as_tuple=True)
         if len(at):
