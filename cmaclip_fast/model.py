@@ -257,17 +257,6 @@ class CMACLIP(System):
 
         return predict_pairs(self, images, texts, batch_size)
 
-    @classmethod
-    def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> CMACLIP:
-        """The model of a folder that `cmaclip train` wrote, ready for predictions.
-
-        Raises:
-            InputError: the folder is missing, incomplete, or not of this version's format.
-        """
-        from cmaclip_fast.artifact import load_model
-
-        return load_model(directory, device)
-
 
 def create_model(
     name: str,

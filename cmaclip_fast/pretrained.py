@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from open_clip.timm_model import TimmModel
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from tokenizers import Tokenizer as Engine
 from torch import Tensor, nn
 
@@ -204,7 +205,7 @@ def _image_tower(image: str | TimmImage, embed: int, size: int) -> tuple[TimmMod
         try:
             # what is left over is the classifier of the data that the weights were trained on
             timm.models.load_checkpoint(trunk, weights, strict=False, weights_only=True)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{weights}: no weights of '{name}' ({reason}): name another file") from None
     data = timm.data.resolve_model_data_config(trunk)

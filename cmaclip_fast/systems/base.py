@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from cmaclip_fast.prediction import Prediction
+
+Loaded = TypeVar("Loaded", bound="System")
 
 
 class System(nn.Module):
@@ -95,6 +97,20 @@ class System(nn.Module):
         from cmaclip_fast.prediction import predict_pairs
 
         return predict_pairs(self, images, texts, batch_size)
+
+    @classmethod
+    def load(cls: type[Loaded], directory: str | Path, device: str | torch.device = "cpu") -> Loaded:
+        """The model of a folder that `cmaclip train` wrote, ready for predictions; `System.load` takes any.
+
+        Raises:
+            InputError: the folder is missing, incomplete, not of this version's format, or holds another system.
+        """
+        from cmaclip_fast.artifact import load_model
+
+        model = load_model(directory, device)
+        if not isinstance(model, cls):
+            raise InputError(f"{directory}: holds a '{model.system}', not a '{cls.system}': use System.load")
+        return model
 
 
 class SystemConfig(BaseModel):

@@ -15,7 +15,7 @@ from cmaclip_fast.fitting import TrainingConfig, parameter_groups
 from cmaclip_fast.systems import create_system
 from cmaclip_fast.systems.base import System
 
-from .conftest import TASKS
+from .conftest import TASKS, make_tokenizer
 
 WORDS = ["a red dress", "a crimson gown", "the stock market fell", None]
 
@@ -108,6 +108,10 @@ def test_what_is_no_encoder_is_said(tmp_path: Path) -> None:
         create_system("bert", "tiny", TASKS, text_tower=str(tmp_path))
 
 
+def create_timm(image_tower: str, name: str = "vit", **options: int) -> System:
+    return create_system(name, "tiny", TASKS, tokenizer=make_tokenizer(), image_tower=image_tower, width=32, **options)
+
+
 def test_a_timm_tower_by_name_and_with_local_weights(tmp_path: Path) -> None:
     import timm
 
@@ -115,8 +119,8 @@ def test_a_timm_tower_by_name_and_with_local_weights(tmp_path: Path) -> None:
     trunk = timm.create_model("resnet10t")
     path = tmp_path / "weights.safetensors"
     save_file(trunk.state_dict(), path)
-    plain = create_system("vit", "tiny", TASKS, image_tower="resnet10t", image_size=64, width=32).eval()
-    read = create_system("vit", "tiny", TASKS, image_tower=f"resnet10t:{path}", image_size=64, width=32).eval()
+    plain = create_timm("resnet10t", image_size=64).eval()
+    read = create_timm(f"resnet10t:{path}", image_size=64).eval()
     stem = "image_tower.visual.trunk.conv1.0.weight"
     assert torch.equal(read.state_dict()[stem], trunk.state_dict()["conv1.0.weight"])
     assert not torch.equal(plain.state_dict()[stem], trunk.state_dict()["conv1.0.weight"])
@@ -129,15 +133,15 @@ def test_a_timm_tower_by_name_and_with_local_weights(tmp_path: Path) -> None:
 
 
 def test_a_timm_vit_takes_the_size_of_the_pictures() -> None:
-    options = {"image_size": 64, "width": 32, "heads": 4}
-    system = create_system("mmbt", "tiny", TASKS, image_tower="vit_tiny_patch16_224", **options).eval()
+    options = {"image_size": 64, "heads": 4}
+    system = create_timm("vit_tiny_patch16_224", "mmbt", **options).eval()
     with torch.inference_mode():
         assert system.image_tower(torch.zeros(1, 3, 64, 64)).shape == (1, 1 + 16, 192)
 
 
 def test_an_unknown_timm_model_and_damaged_weights_are_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="timm has no model 'resnet10x'"):
-        create_system("vit", "tiny", TASKS, image_tower="resnet10x")
+        create_timm("resnet10x")
     (tmp_path / "bad.safetensors").write_bytes(b"no weights")
     with pytest.raises(InputError, match=r"bad\.safetensors"):
-        create_system("vit", "tiny", TASKS, image_tower=f"resnet10t:{tmp_path / 'bad.safetensors'}")
+        create_timm(f"resnet10t:{tmp_path / 'bad.safetensors'}")
