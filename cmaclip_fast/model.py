@@ -22,6 +22,8 @@ from cmaclip_fast.distinct import distinct_images, distinct_texts
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.layers import Queries, Rows, linear
 from cmaclip_fast.modules import ModalityAttention, SequenceAttention, TaskHead
+from cmaclip_fast.pretrained import HuggingFaceText, TimmImage, with_other_towers
+from cmaclip_fast.systems.base import System
 from cmaclip_fast.tiny import TinyCLIP
 from cmaclip_fast.towers import image_tower, text_tower
 from cmaclip_fast.types import IMAGE, TEXT, AttentionMaps, Batch, Output
@@ -39,6 +41,9 @@ class ModelConfig(BaseModel):
         name: `tiny`, or an open_clip model name.
         image_size: pixels a side; None keeps the named model's.
         context_length: most tokens of a text; None keeps the named model's.
+        text_tower: a folder with a Hugging Face encoder that takes the place of the named model's text tower; once
+            built, what such a tower is built from again without that folder.
+        image_tower: a timm model's name, with weights if wanted, that takes the place of the image tower.
         width: D, the common width of the fused sequence.
         depth: layers of sequence-wise attention.
         heads: attention heads of each layer; divides `width`.
@@ -58,6 +63,8 @@ class ModelConfig(BaseModel):
     name: str = "ViT-B-32"
     image_size: int | None = Field(None, gt=0)
     context_length: int | None = Field(None, gt=2)
+    text_tower: str | HuggingFaceText | None = None
+    image_tower: str | TimmImage | None = None
     width: int = Field(512, gt=0)
     depth: int = Field(4, ge=1)
     heads: int = Field(8, gt=0)
@@ -108,7 +115,7 @@ class _Tokens:
         return self.values.index_select(0, index.clamp(0, len(self.values) - 1))
 
 
-class CMACLIP(nn.Module):
+class CMACLIP(System):
     """The whole system: a `Batch` in, an `Output` out.
 
     Attributes:
@@ -117,6 +124,10 @@ class CMACLIP(nn.Module):
         preprocessing: how a picture becomes `images`.
         tokenizer: how a text becomes `tokens` and `text_lengths`.
     """
+
+    Config = ModelConfig
+    title = "CMA-CLIP"
+    config: ModelConfig
 
     def __init__(
         self,
@@ -308,17 +319,6 @@ class CMACLIP(nn.Module):
 
         return predict_pairs(self, images, texts, batch_size)
 
-    @classmethod
-    def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> CMACLIP:
-        """The model of a folder that `cmaclip train` wrote, ready for predictions.
-
-        Raises:
-            InputError: the folder is missing, incomplete, or not of this version's format.
-        """
-        from cmaclip_fast.artifact import load_model
-
-        return load_model(directory, device)
-
 
 def create_model(
     name: str,
@@ -363,6 +363,13 @@ def build_model(
     tokenizer: Tokenizer | None = None,
 ) -> CMACLIP:
     """As `create_model`, from a full `ModelConfig`."""
+    return CMACLIP(*build_clip(config, tasks, pretrained, tokenizer))
+
+
+def build_clip(
+    config: Any, tasks: Mapping[str, Sequence[str]], pretrained: str | Path | None, tokenizer: Tokenizer | None
+) -> tuple[Any, Mapping[str, Sequence[str]], CustomTextCLIP | CoCa | TinyCLIP, ImagePreprocessing, Tokenizer]:
+    """What every system is made of: its configuration, completed; tasks; towers; preprocessing and tokenizer."""
     if config.name == "tiny":
         if pretrained is not None:
             raise InputError("'tiny' has no pretrained weights: leave out --pretrained, or name an open_clip model")
@@ -370,7 +377,8 @@ def build_model(
         size, context = config.image_size or 96, tokenizer.context_length
         config = config.model_copy(update={"image_size": size, "context_length": context})
         try:
-            clip: CustomTextCLIP | CoCa | TinyCLIP = TinyCLIP(size, context, tokenizer.pieces(), tokenizer.eot)
+            pieces = tokenizer.pieces() if config.text_tower is None else [""]
+            clip: CustomTextCLIP | CoCa | TinyCLIP = TinyCLIP(size, context, pieces, tokenizer.eot)
         except ValueError as error:
             raise InputError(f"model options: {error}") from None
         # white becomes 0, which is also what convolutions pad with
@@ -382,10 +390,12 @@ def build_model(
         except ValueError as error:
             raise InputError(f"'{config.name}': {' '.join(str(error).split())}: choose another model") from None
         tokenizer = tokenizer or OpenClipTokenizer(config.name, context_length=config.context_length)
-    return CMACLIP(config, tasks, clip, preprocessing, tokenizer)
+    if config.text_tower is not None or config.image_tower is not None:
+        config, preprocessing, tokenizer = with_other_towers(config, clip, preprocessing, tokenizer)
+    return config, tasks, clip, preprocessing, tokenizer
 
 
-def _open_clip_model(config: ModelConfig, pretrained: str | Path | None) -> CustomTextCLIP | CoCa:
+def _open_clip_model(config: Any, pretrained: str | Path | None) -> CustomTextCLIP | CoCa:
     name = config.name
     if not name.startswith(("hf-hub:", "local-dir:")) and open_clip.get_model_config(name) is None:
         import difflib

@@ -18,7 +18,7 @@ from cmaclip_fast.data.examples import Examples
 from cmaclip_fast.data.images import MAX_IMAGE_PIXELS, ImageProblem, read_image, to_rgb
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import run
-from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.systems.base import System
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
 
 TOP = 5
@@ -60,7 +60,7 @@ def read_output(output: Output, tasks: dict[str, list[str]]) -> list[dict[str, P
 
 @torch.inference_mode()
 def predict_pairs(
-    model: CMACLIP,
+    model: System,
     images: Sequence[Image.Image | str | Path | None],
     texts: Sequence[str | None],
     batch_size: int = 64,
@@ -84,7 +84,7 @@ def predict_pairs(
     return predictions
 
 
-def _pairs_batch(model: CMACLIP, pairs: list[tuple[Any, str | None]], first: int) -> Batch:
+def _pairs_batch(model: System, pairs: list[tuple[Any, str | None]], first: int) -> Batch:
     pixels: list[Tensor] = []
     present: list[list[bool]] = []
     texts: list[str | None] = []
@@ -125,7 +125,7 @@ def output_schema(keys: pa.Schema, tasks: dict[str, list[str]]) -> pa.Schema:
 
 
 def predict_table(
-    model: CMACLIP,
+    model: System,
     examples: Examples,
     keys: list[dict[str, Any]],
     output: Path,
