@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table as RichTable
 
 from cmaclip_fast.errors import InputError
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_markup_mode="markdown")
+data_app = typer.Typer(help="Look at data sets and build them.", no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(data_app, name="data")
 
 out = Console(markup=False)
@@ -54,7 +55,9 @@ class Vectors(str, Enum):
 
 DataOption = Annotated[
     str,
-    typer.Option(help="`openclipart`, a CSV, TSV, JSONL or Parquet file, a glob of them, or a folder of pictures."),
+    typer.Option(
+        help="A name of `cmaclip data list`, a CSV, TSV, JSONL or Parquet file, a glob of them, a folder of pictures."
+    ),
 ]
 ImageOption = Annotated[str | None, typer.Option(help="Column of pictures: paths or bytes.")]
 TextOption = Annotated[str | None, typer.Option(help="Column of texts.")]
@@ -324,6 +327,39 @@ def data_list() -> None:
     for entry in list_datasets():
         table.add_row(entry.name, ", ".join(entry.columns.tasks), entry.licence, entry.summary)
     out.print(table)
+    for entry in list_datasets():
+        if not entry.path.is_file():
+            out.print(f"{entry.name} is not built yet: cmaclip data build {entry.name}", highlight=False)
+
+
+@data_app.command("build")
+def data_build(
+    name: Annotated[str, typer.Argument(help="`emoji`.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The folder to write [where `--data NAME` reads; CMACLIP_DATA moves it].")
+    ] = None,
+    languages: Annotated[str, typer.Option(help="Languages of the texts, such as `en,de,ja`, or `all`.")] = "all",
+    packages: Annotated[
+        Path | None, typer.Option(help="Folder with the packages' tarballs, instead of the npm client.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Fetch the parts of a data set with the npm client, check them, and write it as Parquet.
+
+    Example: `cmaclip data build emoji`
+    """
+    from cmaclip_fast.data.emoji import build_emoji, from_folder
+    from cmaclip_fast.data.files import near
+    from cmaclip_fast.data.named import NAMED
+
+    buildable = [entry.name for entry in NAMED.values() if entry.built]
+    if name not in buildable:
+        raise InputError(f"{name}: is not built{near(name, buildable)}: choose {', '.join(buildable)}")
+    chosen = None if languages == "all" else languages.split(",")
+    with err.status("building") as status:
+        fetch = None if packages is None else from_folder(packages)
+        path = build_emoji(output, chosen, overwrite, fetch, report=status.update)
+    out.print(f"{name}: {path}", soft_wrap=True, highlight=False)
 
 
 @data_app.command("show")
@@ -334,7 +370,7 @@ def data_show(
     task: TaskOption = None,
     image_dir: ImageDirOption = None,
 ) -> None:
-    """Show rows, columns, classes and texts of a data set.
+    """Show rows, columns, classes and texts of a data set, and its card.
 
     Example: `cmaclip data show openclipart`
     """
@@ -357,6 +393,8 @@ def data_show(
     out.print(facts, highlight=False)
     for example in found.examples:
         out.print("- " + "; ".join(f"{k}: {v}" for k, v in example.items()), highlight=False, markup=False)
+    if found.card is not None:
+        out.print(Markdown(found.card))
 
 
 def _used(columns: Columns) -> str:
@@ -476,11 +514,11 @@ class Source:
 
     def unchecked(self, config: ArtifactConfig) -> Table:
         """The rows of the split, pictures not yet read. Training data are split as they were for training."""
+        from cmaclip_fast.data.named import absolute
         from cmaclip_fast.data.split import NAMES, split_table
-        from cmaclip_fast.training import source_name
 
         known = config.columns
-        again = self.data is None or source_name(self.data) == config.source
+        again = self.data is None or absolute(self.data) == config.source
         source = self.data or config.source
         image_dir = self.image_dir or (Path(known.image_dir) if again and known.image_dir else None)
         split_column = self.split_column or (known.split if again else None)
