@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cmaclip_fast.data.examples import Examples
     from cmaclip_fast.data.named import Columns
     from cmaclip_fast.data.table import Table
+    from cmaclip_fast.evaluation import Classified
     from cmaclip_fast.model import CMACLIP
 
 app = typer.Typer(
@@ -188,6 +189,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="KIND:LEVEL, a share of rows or a strength, such as `text-replace:0.5`; repeat."),
     ] = None,
+    by: Annotated[str | None, typer.Option(help="Column whose values are also measured one by one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
     image: ImageOption = None,
     text: TextOption = None,
@@ -206,6 +208,8 @@ def evaluate(
     """Measure a model on labelled rows.
 
     Example: `cmaclip evaluate runs/clipart --split test --noise text-drop:0.5 --json metrics.json`
+
+    Example: `cmaclip evaluate runs/emoji --data emoji:all --by language`
     """
     from cmaclip_fast.data.noise import add_noise, parse_noise
     from cmaclip_fast.evaluation import VIEWS, classify
@@ -223,16 +227,17 @@ def evaluate(
     if examples.truncated:
         counts["truncated text"] = examples.truncated
     target = _device(device)
-    results = {
-        view: classify(model, examples, batch_size, target, view, f"evaluating, {view}").metrics(precision)
-        for view in VIEWS
-    }
-    headlines = {view: {name: m.headline() for name, m in tasks.items()} for view, tasks in results.items()}
-    if not any(m.rows for m in results["both"].values()):
+    answers = {view: classify(model, examples, batch_size, target, view, f"evaluating, {view}") for view in VIEWS}
+    headlines = _headlines(answers, precision)
+    if not any(m["rows"] for m in headlines["both"].values()):
         raise InputError(f"{examples.table.name}: no labelled row in split '{split}': name another --split or --task")
+    groups = {} if by is None else _by_value(answers, examples.table, by, precision)
     if json_file is not None:
-        write_json(json_file, {"tasks": headlines["both"], "views": headlines, "counts": counts})
+        told = {"tasks": headlines["both"], "views": headlines, "counts": counts}
+        write_json(json_file, told | ({} if by is None else {"by": {by: groups}}))
     out.print(metrics_table(headlines, precision))
+    if by is not None:
+        out.print(groups_table(groups, by))
     for kind, number in counts.items():
         err.print(f"{kind}: {number}", highlight=False)
 
@@ -414,6 +419,46 @@ def metrics_table(metrics: dict[str, dict[str, dict[str, float]]], precision: fl
             numbers = [f"{m[k]:.3f}" for k in ("accuracy", "macro_f1", "recall_at_precision")]
             table.add_row(task, view, *numbers, f"{m['rows']:.0f}", style="bold" if view == "both" else None)
     return table
+
+
+def groups_table(groups: dict[str, dict[str, dict[str, dict[str, float]]]], column: str) -> RichTable:
+    """Each task's accuracy with both modalities, for each value of a column."""
+    tasks = list(next(iter(groups.values()))["both"])
+    table = RichTable(column, *(f"{task} accuracy" for task in tasks), "rows", box=None)
+    for number in table.columns[1:]:
+        number.justify = "right"
+    for value, views in groups.items():
+        measured = views["both"]
+        numbers = [f"{measured[task]['accuracy']:.3f}" if measured[task]["rows"] else "-" for task in tasks]
+        table.add_row(value, *numbers, f"{max(m['rows'] for m in measured.values()):.0f}")
+    return table
+
+
+def _headlines(answers: dict[str, Classified], precision: float) -> dict[str, dict[str, dict[str, float]]]:
+    return {
+        view: {task: m.headline() for task, m in found.metrics(precision).items()} for view, found in answers.items()
+    }
+
+
+def _by_value(
+    answers: dict[str, Classified], table: Table, column: str, precision: float
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """For each value of a column, and `none` where it is empty, what `_headlines` says of its rows."""
+    import torch
+
+    from cmaclip_fast.data.files import near
+
+    if column not in table.column_names:
+        names = table.column_names
+        raise InputError(f"--by {column}: {table.name} has no such column{near(column, names)}: {', '.join(names)}")
+    values = [value or "none" for value in table.labels(column)]
+    return {
+        group: _headlines(
+            {view: found.select(torch.tensor([value == group for value in values])) for view, found in answers.items()},
+            precision,
+        )
+        for group in sorted(set(values))
+    }
 
 
 def _read(

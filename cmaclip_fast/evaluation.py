@@ -35,6 +35,15 @@ class Classified:
     weights: dict[str, Tensor] | None
     present: Tensor
 
+    def select(self, rows: Tensor) -> Classified:
+        """The answers for some of the rows: a mask `[N]`, or their numbers."""
+        return Classified(
+            {task: probabilities[rows] for task, probabilities in self.probabilities.items()},
+            {task: labels[rows] for task, labels in self.labels.items()},
+            None if self.weights is None else {task: weights[rows] for task, weights in self.weights.items()},
+            self.present[rows],
+        )
+
     def loss(self) -> float:
         """The mean over tasks of the mean negative log-likelihood of their labelled rows."""
         losses = [

@@ -287,7 +287,7 @@ def _tags(
     emoji = [entry for entry in lists["en"] if "group" in entry]
     emoji = [entry for entry in emoji if groups["groups"][str(entry["group"])] != _COMPONENTS]
     tags = {
-        language: {entry["hexcode"]: ", ".join(entry["tags"]) for entry in lists[language] if entry.get("tags")}
+        language: {entry["hexcode"]: " ".join(entry["tags"]) for entry in lists[language] if entry.get("tags")}
         for language in chosen
     }
     return sorted(emoji, key=lambda entry: entry["order"]), tags, groups
@@ -418,7 +418,7 @@ _CARD = """# emoji
 | `emoji` | the characters |
 | `family` | what an emoji shares with its variants; {families:,} in all |
 | `split` | `train`, `validation` or `test` |
-| {number} columns of texts | tags, separated by commas: {languages} |
+| {number} columns of texts | tags, separated by spaces: {languages} |
 
 The label columns:
 
