@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import cmaclip_fast
+from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.tokenizer import tokenizer_from_dict
 from cmaclip_fast.errors import InputError
@@ -39,6 +40,7 @@ class DataColumns(BaseModel):
     tasks: list[str]
     split: str | None = None
     image_dir: str | None = None
+    taxonomies: tuple[Taxonomy, ...] = ()
 
 
 class ArtifactConfig(BaseModel):
@@ -118,6 +120,7 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu") -> CMA
         raise InputError(f"{path}: missing: restore it, or train again")
     model = build_model(config.model, config.tasks, tokenizer=tokenizer_from_dict(config.tokenizer))
     model.preprocessing = config.preprocessing
+    model.taxonomies = config.columns.taxonomies
     try:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:

@@ -20,7 +20,7 @@ from cmaclip_fast.errors import InputError
 if TYPE_CHECKING:
     from cmaclip_fast.artifact import ArtifactConfig
     from cmaclip_fast.data.examples import Examples
-    from cmaclip_fast.data.named import Columns
+    from cmaclip_fast.data.named import Columns, Taxonomy
     from cmaclip_fast.data.table import Table
     from cmaclip_fast.evaluation import Classified
     from cmaclip_fast.model import CMACLIP
@@ -63,6 +63,11 @@ DataOption = Annotated[
 ImageOption = Annotated[str | None, typer.Option(help="Column of pictures: paths or bytes.")]
 TextOption = Annotated[str | None, typer.Option(help="Column of texts.")]
 TaskOption = Annotated[list[str] | None, typer.Option(help="Column of labels; repeat for several tasks.")]
+TaxonomyOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Column of class paths, such as 'Apparel > Dresses': a task for each level; repeat."),
+]
+SeparatorOption = Annotated[str, typer.Option(help="Between the names of a path of --taxonomy.")]
 KeyOption = Annotated[list[str] | None, typer.Option(help="Column that names a row; repeat for several.")]
 ImageDirOption = Annotated[Path | None, typer.Option(help="Folder that paths of pictures start from [the table's].")]
 SplitColumnOption = Annotated[str | None, typer.Option(help="Column with train, validation, test [`split`, if any].")]
@@ -100,6 +105,8 @@ def train(
     image: ImageOption = None,
     text: TextOption = None,
     task: TaskOption = None,
+    taxonomy: TaxonomyOption = None,
+    separator: SeparatorOption = " > ",
     model: Annotated[str, typer.Option(help="`tiny`, or an open_clip model name such as ViT-B-32.")] = "tiny",
     pretrained: Annotated[str | None, typer.Option(help="An open_clip tag, or a checkpoint file.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training rows.")] = None,
@@ -138,10 +145,14 @@ def train(
     Example: `cmaclip train --data dresses.csv --image file --text title --task colour --task style
     --model ViT-B-32 --pretrained laion2b_s34b_b79k --output runs/dresses`
     """
+    from cmaclip_fast.data.named import Taxonomy
     from cmaclip_fast.training import TrainingRun
     from cmaclip_fast.training import train as run_training
 
-    table = _read(data, image, text, task, key, image_dir, max_image_pixels, split_column)
+    if not separator.strip():
+        raise InputError("--separator: is empty: give what stands between the names of a path, such as '>' or '/'")
+    taxonomies = tuple(Taxonomy(column, separator) for column in taxonomy or [])
+    table = _read(data, image, text, task, key, image_dir, max_image_pixels, split_column, taxonomies=taxonomies)
     model_options, training_options = _options(option or [])
     model_options |= {
         "sequence_attention": sequence_attention,
@@ -472,11 +483,12 @@ def _read(
     split_column: str | None = None,
     split: str | None = None,
     any_columns: bool = False,
+    taxonomies: tuple[Taxonomy, ...] = (),
 ) -> Table:
     from cmaclip_fast.data.named import Columns
     from cmaclip_fast.data.table import read_table
 
-    columns = Columns(image=image, text=text, tasks=tuple(tasks or ()), keys=tuple(keys or ()), split=split_column)
+    columns = Columns(image, text, tuple(tasks or ()), tuple(keys or ()), split_column, taxonomies)
     return read_table(
         data, columns, image_dir=image_dir, split=split, max_image_pixels=max_image_pixels, any_columns=any_columns
     )
@@ -575,9 +587,26 @@ class Source:
         for name, used in ((known.image, image), (known.text, text)):
             if name is not None and used is None:
                 err.print(f"{source}: no column '{name}', which the model was trained with: taken for absent")
+        taxonomies = tuple(taxonomy for taxonomy in known.taxonomies if again or taxonomy.column in columns)
+        levels = {task for taxonomy in known.taxonomies for task in taxonomy.levels_in(known.tasks)}
         tasks = known.tasks if again else [task for task in self.tasks or known.tasks if self.tasks or task in columns]
-        named = (source, image, text, tasks, self.keys, image_dir, self.max_image_pixels, split_column)
-        table = _read(*named)
+        tasks = [task for task in tasks if task not in levels]
+
+        def read(split: str | None = None) -> Table:
+            return _read(
+                source,
+                image,
+                text,
+                tasks,
+                self.keys,
+                image_dir,
+                self.max_image_pixels,
+                split_column,
+                split,
+                taxonomies=taxonomies,
+            )
+
+        table = read()
         if self.split == "all":
             return table
         if again and self.split in NAMES:
@@ -588,7 +617,7 @@ class Source:
         if table.columns.split is None:
             err.print(f"{source}: no split column: all {len(table)} rows are used")
             return table
-        return _read(*named, self.split)
+        return read(self.split)
 
 
 def _examples(

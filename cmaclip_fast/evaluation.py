@@ -13,6 +13,7 @@ from torch import Tensor
 from cmaclip_fast.data.examples import Examples, make_loader
 from cmaclip_fast.metrics import TaskMetrics, task_metrics
 from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.taxonomy import task_probabilities
 from cmaclip_fast.types import Batch, Output
 
 VIEWS: dict[str, dict[str, bool]] = {"both": {}, "text alone": {"image": False}, "image alone": {"text": False}}
@@ -87,8 +88,9 @@ def classify(
         weights = {
             t: torch.cat([o.modality_weights[t].float().cpu() for o in outputs if o.modality_weights]) for t in tasks
         }
+    probabilities = [task_probabilities(o.logits, model.tasks, model.taxonomies) for o in outputs]
     return Classified(
-        {task: torch.cat([o.logits[task].float().softmax(1).cpu() for o in outputs]) for task in tasks},
+        {task: torch.cat([p[task].cpu() for p in probabilities]) for task in tasks},
         {task: torch.cat([b.labels[task].cpu() for b in batches]) for task in tasks if task in batches[0].labels},
         weights,
         torch.cat([b.present.cpu() for b in batches]),

@@ -15,6 +15,7 @@ from open_clip.model import CustomTextCLIP
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.tokenizer import OpenClipTokenizer, Tokenizer
 from cmaclip_fast.errors import InputError
@@ -97,6 +98,7 @@ class CMACLIP(nn.Module):
         tasks: for each task the names of its classes, in the order of its logits.
         preprocessing: how a picture becomes `images`.
         tokenizer: how a text becomes `tokens` and `text_lengths`.
+        taxonomies: the tasks that are levels of a tree; see `task_probabilities`.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class CMACLIP(nn.Module):
         self.tasks = {task: list(classes) for task, classes in tasks.items()}
         self.preprocessing = preprocessing
         self.tokenizer = tokenizer
+        self.taxonomies: tuple[Taxonomy, ...] = ()
 
         self.image_tower = image_tower(clip.visual)
         self.text_tower = text_tower(clip.text)

@@ -132,6 +132,7 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         classes = class_names(tables["train"], run.table.columns.tasks)
         torch.manual_seed(config.seed)
         model = build_model(model_options, classes, run.pretrained, _tokenizer(model_options, tables["train"]))
+        model.taxonomies = run.table.columns.taxonomies
         _same_run(work / RUN, run, config, model, tables)
         examples = {
             split: Examples(
@@ -169,6 +170,7 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
             tasks=list(run.table.columns.tasks),
             split=run.split_column or run.table.columns.split,
             image_dir=None if run.table.image_dir is None else str(run.table.image_dir.resolve()),
+            taxonomies=run.table.columns.taxonomies,
         )
         save_model(work, model, columns, absolute(run.table.name), config.model_dump(mode="json"))
         seconds = time.perf_counter() - started

@@ -4,8 +4,46 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """A column of classes given as paths, such as 'Apparel > Dresses > Maxi': a task for each level of the tree.
+
+    The task of level 2 is `COLUMN_2`, and its class here 'Apparel > Dresses'. A path that ends above the last level
+    stands for itself below ('Apparel' at every level), so that the last level has the classes of the column as it is.
+
+    Attributes:
+        column: where the paths are.
+        separator: between the names of a path; spaces around it do not matter.
+        levels: how many tasks there are; None for as many as the longest path has.
+    """
+
+    column: str
+    separator: str = " > "
+    levels: int | None = None
+
+    def task(self, level: int) -> str:
+        """The task of a level, counted from 1."""
+        return f"{self.column}_{level}"
+
+    def levels_in(self, tasks: Iterable[str]) -> list[str]:
+        """The tasks of this taxonomy among `tasks`, from the top."""
+        known = set(tasks)
+        return list(takewhile(known.__contains__, (self.task(level) for level in count(1))))
+
+    def names(self, path: str) -> list[str]:
+        """The names along a path."""
+        parts = path.split(self.separator.strip() or self.separator)
+        return [part.strip() for part in parts if part.strip()]
+
+    def upto(self, path: str, level: int) -> str:
+        """The path down to a level, or all of it where it ends before."""
+        return self.separator.join(self.names(path)[:level])
 
 
 @dataclass(frozen=True)
@@ -18,6 +56,7 @@ class Columns:
         tasks: one column of class names for each task.
         keys: columns that identify a row; they are carried through to predictions unread.
         split: the column that says which split a row belongs to; `split` is used where there is such a column.
+        taxonomies: columns of paths; their tasks come after `tasks`.
     """
 
     image: str | None = None
@@ -25,6 +64,7 @@ class Columns:
     tasks: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     split: str | None = None
+    taxonomies: tuple[Taxonomy, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,7 @@ def read_table(
     read = _read(name)
     dataset = read.dataset
     first_rows = tuple(itertools.accumulate(read.lengths[:-1], initial=0))
-    filled = _fill(columns or Columns(), read.columns, dataset)
+    dataset, filled = _add_levels(name, dataset, _fill(columns or Columns(), read.columns, dataset))
     table = Table(
         _Source(dataset, filled, name, tuple(read.files), first_rows, directory, max_image_pixels, read.picture, {}),
         np.arange(len(dataset)),
@@ -266,7 +266,31 @@ def _fill(given: Columns, own: Columns, dataset: datasets.Dataset) -> Columns:
     if given.image is None and given.text is None:
         given = replace(given, image=own.image, text=own.text)
     split = given.split or own.split or ("split" if "split" in dataset.column_names else None)
-    return replace(given, tasks=given.tasks or own.tasks, keys=given.keys or own.keys, split=split)
+    tasks = given.tasks or (() if given.taxonomies else own.tasks)
+    return replace(given, tasks=tasks, keys=given.keys or own.keys, split=split)
+
+
+def _add_levels(name: str, dataset: datasets.Dataset, columns: Columns) -> tuple[datasets.Dataset, Columns]:
+    """A column and a task for each level of each taxonomy."""
+    tasks = list(columns.tasks)
+    taxonomies = []
+    for taxonomy in columns.taxonomies:
+        if taxonomy.column not in dataset.column_names:
+            names = dataset.column_names
+            raise InputError(
+                f"{name}: no column '{taxonomy.column}' for a taxonomy{near(taxonomy.column, names)}; "
+                f"columns: {', '.join(names)}"
+            )
+        paths = [_label(value) for value in dataset.data.column(taxonomy.column).to_pylist()]
+        deepest = max((len(taxonomy.names(path)) for path in paths if path is not None), default=0)
+        for level in range(1, (taxonomy.levels or max(deepest, 1)) + 1):
+            task = taxonomy.task(level)
+            if task in dataset.column_names:
+                raise InputError(f"{name}: column '{task}' has the name of a level of '{taxonomy.column}'; rename it")
+            dataset = dataset.add_column(task, [path and taxonomy.upto(path, level) for path in paths])
+            tasks.append(task)
+        taxonomies.append(replace(taxonomy, levels=len(taxonomy.levels_in(tasks))))
+    return dataset, replace(columns, tasks=tuple(tasks), taxonomies=tuple(taxonomies))
 
 
 def _check_columns(table: Table, dataset: datasets.Dataset, any_columns: bool) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
-from .conftest import Done
+from .conftest import QUICK, Done, write_data
 
 Run = Callable[..., Done]
 
@@ -61,3 +63,49 @@ def test_build_needs_its_packages(cmaclip: Run, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PATH", str(tmp_path))
     done = cmaclip("data", "build", "emoji")
     assert done.code == 2 and "npm: not found: install Node.js" in done.err
+
+
+def test_a_taxonomy_is_trained_and_predicted_along_its_paths(cmaclip: Run, tmp_path: Path) -> None:
+    table = write_data(tmp_path)
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        colour = f" > {row['colour']}" if row["colour"] else ""
+        row["kind"] = f"angular > square{colour}" if row["shape"] == "square" else f"round{colour}"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    run = tmp_path / "run"
+    done = cmaclip(
+        "train", "--data", table, "--image", "picture", "--text", "title", "--task", "colour", "--taxonomy", "kind",
+        "--output", run, *QUICK,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    config = json.loads((run / "config.json").read_text())
+    assert list(config["tasks"]) == ["colour", "kind_1", "kind_2", "kind_3"]
+    assert config["tasks"]["kind_1"] == ["angular", "round"]
+    trained = json.loads((run / "metrics.json").read_text())["test"]["both"]
+
+    for data in ([], ["--data", table]):
+        done = cmaclip("evaluate", run, *data, "--json", tmp_path / "m.json")
+        assert done.code == 0, done.err
+        measured = json.loads((tmp_path / "m.json").read_text())["tasks"]
+        assert measured["kind_3"] == pytest.approx(trained["kind_3"])
+
+    done = cmaclip("predict", run, "--data", table, "--output", tmp_path / "labels.parquet")
+    assert done.code == 0, done.err
+    for row in pq.read_table(tmp_path / "labels.parquet").to_pylist():
+        one, two, three = (row[f"kind_{level}"].split(" > ") for level in (1, 2, 3))
+        assert two[:1] == one and three[:2] == two
+        assert row["kind_1_probability"] + 1e-6 >= row["kind_2_probability"] >= row["kind_3_probability"] - 1e-6
+    explained = cmaclip("explain", run, "--row", 1, "--output", tmp_path / "page.html")
+    assert explained.code == 0, explained.err
+
+    other = tmp_path / "other.csv"
+    other.write_text("title,kind,picture\nsquare,angular > square > red > dark,\n")
+    done = cmaclip("evaluate", run, "--data", other, "--task", "kind_1", "--json", tmp_path / "m.json")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "m.json").read_text())["tasks"]["kind_1"]["rows"] == 1
+    done = cmaclip("train", "--data", table, "--taxonomy", "sort", "--text", "title", "--output", tmp_path / "x")
+    assert done.code == 2 and "no column 'sort' for a taxonomy" in done.err
