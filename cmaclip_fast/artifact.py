@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import cmaclip_fast
+from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.files import write_json, write_tensors
@@ -40,6 +41,7 @@ class DataColumns(BaseModel):
     tasks: list[str]
     split: str | None = None
     image_dir: str | None = None
+    taxonomies: tuple[Taxonomy, ...] = ()
 
 
 class ArtifactConfig(BaseModel):
@@ -130,6 +132,7 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu") -> Sys
     except InputError as error:
         raise InputError(f"{Path(directory) / CONFIG}: {error}") from None
     model.preprocessing = config.preprocessing
+    model.taxonomies = config.columns.taxonomies
     try:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:

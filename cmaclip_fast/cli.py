@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table as RichTable
 
 from cmaclip_fast.errors import InputError
@@ -21,8 +22,9 @@ from cmaclip_fast.errors import InputError
 if TYPE_CHECKING:
     from cmaclip_fast.artifact import ArtifactConfig
     from cmaclip_fast.data.examples import Examples
-    from cmaclip_fast.data.named import Columns
+    from cmaclip_fast.data.named import Columns, Taxonomy
     from cmaclip_fast.data.table import Table
+    from cmaclip_fast.evaluation import Classified
     from cmaclip_fast.systems.base import System
 
 app = typer.Typer(
@@ -32,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True, rich_markup_mode="markdown")
+data_app = typer.Typer(help="Look at data sets and build them.", no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(data_app, name="data")
 
 out = Console(markup=False)
@@ -56,11 +58,18 @@ class Vectors(str, Enum):
 
 DataOption = Annotated[
     str,
-    typer.Option(help="`openclipart`, a CSV, TSV, JSONL or Parquet file, a glob of them, or a folder of pictures."),
+    typer.Option(
+        help="A name of `cmaclip data list`, a CSV, TSV, JSONL or Parquet file, a glob of them, a folder of pictures."
+    ),
 ]
 ImageOption = Annotated[str | None, typer.Option(help="Column of pictures: paths or bytes.")]
 TextOption = Annotated[str | None, typer.Option(help="Column of texts.")]
 TaskOption = Annotated[list[str] | None, typer.Option(help="Column of labels; repeat for several tasks.")]
+TaxonomyOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Column of class paths, such as 'Apparel > Dresses': a task for each level; repeat."),
+]
+SeparatorOption = Annotated[str, typer.Option(help="Between the names of a path of --taxonomy.")]
 KeyOption = Annotated[list[str] | None, typer.Option(help="Column that names a row; repeat for several.")]
 ImageDirOption = Annotated[Path | None, typer.Option(help="Folder that paths of pictures start from [the table's].")]
 SplitColumnOption = Annotated[str | None, typer.Option(help="Column with train, validation, test [`split`, if any].")]
@@ -107,6 +116,8 @@ def train(
     system: Annotated[
         str, typer.Option(help="`cma-clip`, or another of docs/systems.md, such as `mmbt`.")
     ] = "cma-clip",
+    taxonomy: TaxonomyOption = None,
+    separator: SeparatorOption = " > ",
     model: Annotated[str, typer.Option(help="`tiny`, or an open_clip model name such as ViT-B-32.")] = "tiny",
     pretrained: Annotated[str | None, typer.Option(help="An open_clip tag, or a checkpoint file.")] = None,
     text_tower: TextTowerOption = None,
@@ -147,10 +158,14 @@ def train(
     Example: `cmaclip train --data dresses.csv --image file --text title --task colour --task style
     --model ViT-B-32 --pretrained laion2b_s34b_b79k --output runs/dresses`
     """
+    from cmaclip_fast.data.named import Taxonomy
     from cmaclip_fast.training import TrainingRun
     from cmaclip_fast.training import train as run_training
 
-    table = _read(data, image, text, task, key, image_dir, max_image_pixels, split_column)
+    if not separator.strip():
+        raise InputError("--separator: is empty: give what stands between the names of a path, such as '>' or '/'")
+    taxonomies = tuple(Taxonomy(column, separator) for column in taxonomy or [])
+    table = _read(data, image, text, task, key, image_dir, max_image_pixels, split_column, taxonomies=taxonomies)
     model_options, training_options = _options(option or [], [system])
     if not sequence_attention:
         model_options["sequence_attention"] = False
@@ -202,6 +217,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="KIND:LEVEL, a share of rows or a strength, such as `text-replace:0.5`; repeat."),
     ] = None,
+    by: Annotated[str | None, typer.Option(help="Column whose values are also measured one by one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
     image: ImageOption = None,
     text: TextOption = None,
@@ -220,6 +236,8 @@ def evaluate(
     """Measure a model on labelled rows.
 
     Example: `cmaclip evaluate runs/clipart --split test --noise text-drop:0.5 --json metrics.json`
+
+    Example: `cmaclip evaluate runs/emoji --data emoji:all --by language`
     """
     from cmaclip_fast.data.noise import add_noise, parse_noise
     from cmaclip_fast.evaluation import VIEWS, classify
@@ -237,16 +255,17 @@ def evaluate(
     if examples.truncated:
         counts["truncated text"] = examples.truncated
     target = _device(device)
-    results = {
-        view: classify(model, examples, batch_size, target, view, f"evaluating, {view}").metrics(precision)
-        for view in VIEWS
-    }
-    headlines = {view: {name: m.headline() for name, m in tasks.items()} for view, tasks in results.items()}
-    if not any(m.rows for m in results["both"].values()):
+    answers = {view: classify(model, examples, batch_size, target, view, f"evaluating, {view}") for view in VIEWS}
+    headlines = _headlines(answers, precision)
+    if not any(m["rows"] for m in headlines["both"].values()):
         raise InputError(f"{examples.table.name}: no labelled row in split '{split}': name another --split or --task")
+    groups = {} if by is None else _by_value(answers, examples.table, by, precision)
     if json_file is not None:
-        write_json(json_file, {"tasks": headlines["both"], "views": headlines, "counts": counts})
+        told = {"tasks": headlines["both"], "views": headlines, "counts": counts}
+        write_json(json_file, told | ({} if by is None else {"by": {by: groups}}))
     out.print(metrics_table(headlines, precision))
+    if by is not None:
+        out.print(groups_table(groups, by))
     for kind, number in counts.items():
         err.print(f"{kind}: {number}", highlight=False)
 
@@ -437,6 +456,39 @@ def data_list() -> None:
     for entry in list_datasets():
         table.add_row(entry.name, ", ".join(entry.columns.tasks), entry.licence, entry.summary)
     out.print(table)
+    for entry in list_datasets():
+        if not entry.path.is_file():
+            out.print(f"{entry.name} is not built yet: cmaclip data build {entry.name}", highlight=False)
+
+
+@data_app.command("build")
+def data_build(
+    name: Annotated[str, typer.Argument(help="`emoji`.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The folder to write [where `--data NAME` reads; CMACLIP_DATA moves it].")
+    ] = None,
+    languages: Annotated[str, typer.Option(help="Languages of the texts, such as `en,de,ja`, or `all`.")] = "all",
+    packages: Annotated[
+        Path | None, typer.Option(help="Folder with the packages' tarballs, instead of the npm client.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Fetch the parts of a data set with the npm client, check them, and write it as Parquet.
+
+    Example: `cmaclip data build emoji`
+    """
+    from cmaclip_fast.data.emoji import build_emoji, from_folder
+    from cmaclip_fast.data.files import near
+    from cmaclip_fast.data.named import NAMED
+
+    buildable = [entry.name for entry in NAMED.values() if entry.built]
+    if name not in buildable:
+        raise InputError(f"{name}: is not built{near(name, buildable)}: choose {', '.join(buildable)}")
+    chosen = None if languages == "all" else languages.split(",")
+    with err.status("building") as status:
+        fetch = None if packages is None else from_folder(packages)
+        path = build_emoji(output, chosen, overwrite, fetch, report=status.update)
+    out.print(f"{name}: {path}", soft_wrap=True, highlight=False)
 
 
 @data_app.command("show")
@@ -447,7 +499,7 @@ def data_show(
     task: TaskOption = None,
     image_dir: ImageDirOption = None,
 ) -> None:
-    """Show rows, columns, classes and texts of a data set.
+    """Show rows, columns, classes and texts of a data set, and its card.
 
     Example: `cmaclip data show openclipart`
     """
@@ -470,6 +522,8 @@ def data_show(
     out.print(facts, highlight=False)
     for example in found.examples:
         out.print("- " + "; ".join(f"{k}: {v}" for k, v in example.items()), highlight=False, markup=False)
+    if found.card is not None:
+        out.print(Markdown(found.card))
 
 
 def _used(columns: Columns) -> str:
@@ -491,6 +545,46 @@ def metrics_table(metrics: dict[str, dict[str, dict[str, float]]], precision: fl
     return table
 
 
+def groups_table(groups: dict[str, dict[str, dict[str, dict[str, float]]]], column: str) -> RichTable:
+    """Each task's accuracy with both modalities, for each value of a column."""
+    tasks = list(next(iter(groups.values()))["both"])
+    table = RichTable(column, *(f"{task} accuracy" for task in tasks), "rows", box=None)
+    for number in table.columns[1:]:
+        number.justify = "right"
+    for value, views in groups.items():
+        measured = views["both"]
+        numbers = [f"{measured[task]['accuracy']:.3f}" if measured[task]["rows"] else "-" for task in tasks]
+        table.add_row(value, *numbers, f"{max(m['rows'] for m in measured.values()):.0f}")
+    return table
+
+
+def _headlines(answers: dict[str, Classified], precision: float) -> dict[str, dict[str, dict[str, float]]]:
+    return {
+        view: {task: m.headline() for task, m in found.metrics(precision).items()} for view, found in answers.items()
+    }
+
+
+def _by_value(
+    answers: dict[str, Classified], table: Table, column: str, precision: float
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """For each value of a column, and `none` where it is empty, what `_headlines` says of its rows."""
+    import torch
+
+    from cmaclip_fast.data.files import near
+
+    if column not in table.column_names:
+        names = table.column_names
+        raise InputError(f"--by {column}: {table.name} has no such column{near(column, names)}: {', '.join(names)}")
+    values = [value or "none" for value in table.labels(column)]
+    return {
+        group: _headlines(
+            {view: found.select(torch.tensor([value == group for value in values])) for view, found in answers.items()},
+            precision,
+        )
+        for group in sorted(set(values))
+    }
+
+
 def _read(
     data: str,
     image: str | None,
@@ -502,11 +596,12 @@ def _read(
     split_column: str | None = None,
     split: str | None = None,
     any_columns: bool = False,
+    taxonomies: tuple[Taxonomy, ...] = (),
 ) -> Table:
     from cmaclip_fast.data.named import Columns
     from cmaclip_fast.data.table import read_table
 
-    columns = Columns(image=image, text=text, tasks=tuple(tasks or ()), keys=tuple(keys or ()), split=split_column)
+    columns = Columns(image, text, tuple(tasks or ()), tuple(keys or ()), split_column, taxonomies)
     return read_table(
         data, columns, image_dir=image_dir, split=split, max_image_pixels=max_image_pixels, any_columns=any_columns
     )
@@ -590,11 +685,11 @@ class Source:
 
     def unchecked(self, config: ArtifactConfig) -> Table:
         """The rows of the split, pictures not yet read. Training data are split as they were for training."""
+        from cmaclip_fast.data.named import absolute
         from cmaclip_fast.data.split import NAMES, split_table
-        from cmaclip_fast.training import source_name
 
         known = config.columns
-        again = self.data is None or source_name(self.data) == config.source
+        again = self.data is None or absolute(self.data) == config.source
         source = self.data or config.source
         image_dir = self.image_dir or (Path(known.image_dir) if again and known.image_dir else None)
         split_column = self.split_column or (known.split if again else None)
@@ -606,9 +701,26 @@ class Source:
         for name, used in ((known.image, image), (known.text, text)):
             if name is not None and used is None:
                 err.print(f"{source}: no column '{name}', which the model was trained with: taken for absent")
+        taxonomies = tuple(taxonomy for taxonomy in known.taxonomies if again or taxonomy.column in columns)
+        levels = {task for taxonomy in known.taxonomies for task in taxonomy.levels_in(known.tasks)}
         tasks = known.tasks if again else [task for task in self.tasks or known.tasks if self.tasks or task in columns]
-        named = (source, image, text, tasks, self.keys, image_dir, self.max_image_pixels, split_column)
-        table = _read(*named)
+        tasks = [task for task in tasks if task not in levels]
+
+        def read(split: str | None = None) -> Table:
+            return _read(
+                source,
+                image,
+                text,
+                tasks,
+                self.keys,
+                image_dir,
+                self.max_image_pixels,
+                split_column,
+                split,
+                taxonomies=taxonomies,
+            )
+
+        table = read()
         if self.split == "all":
             return table
         if again and self.split in NAMES:
@@ -619,7 +731,7 @@ class Source:
         if table.columns.split is None:
             err.print(f"{source}: no split column: all {len(table)} rows are used")
             return table
-        return _read(*named, self.split)
+        return read(self.split)
 
 
 def _examples(

@@ -13,6 +13,7 @@ from torch import Tensor
 from cmaclip_fast.data.examples import Examples, make_loader
 from cmaclip_fast.metrics import TaskMetrics, task_metrics
 from cmaclip_fast.systems.base import System
+from cmaclip_fast.taxonomy import task_probabilities
 from cmaclip_fast.types import Batch, Output
 
 VIEWS: dict[str, dict[str, bool]] = {"both": {}, "text alone": {"image": False}, "image alone": {"text": False}}
@@ -34,6 +35,15 @@ class Classified:
     labels: dict[str, Tensor]
     weights: dict[str, Tensor] | None
     present: Tensor
+
+    def select(self, rows: Tensor) -> Classified:
+        """The answers for some of the rows: a mask `[N]`, or their numbers."""
+        return Classified(
+            {task: probabilities[rows] for task, probabilities in self.probabilities.items()},
+            {task: labels[rows] for task, labels in self.labels.items()},
+            None if self.weights is None else {task: weights[rows] for task, weights in self.weights.items()},
+            self.present[rows],
+        )
 
     def loss(self) -> float:
         """The mean over tasks of the mean negative log-likelihood of their labelled rows."""
@@ -78,8 +88,9 @@ def classify(
         weights = {
             t: torch.cat([o.modality_weights[t].float().cpu() for o in outputs if o.modality_weights]) for t in tasks
         }
+    probabilities = [task_probabilities(o.logits, model.tasks, model.taxonomies) for o in outputs]
     return Classified(
-        {task: torch.cat([o.logits[task].float().softmax(1).cpu() for o in outputs]) for task in tasks},
+        {task: torch.cat([p[task].cpu() for p in probabilities]) for task in tasks},
         {task: torch.cat([b.labels[task].cpu() for b in batches]) for task in tasks if task in batches[0].labels},
         weights,
         torch.cat([b.present.cpu() for b in batches]),

@@ -26,7 +26,7 @@ def explain(model: System, table: Table) -> list[ExampleView]:
     device = next(model.parameters()).device
     views: list[ExampleView] = []
     for batch, output in run(model, examples, 32, device, with_attention=True):
-        for index, predictions in enumerate(read_output(output, model.tasks)):
+        for index, predictions in enumerate(read_output(output, model.tasks, model.taxonomies)):
             views.append(_view(model, table, len(views), batch, index, predictions, output.attention))
     return views
 

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from cmaclip_fast.data.examples import Examples
 from cmaclip_fast.data.images import MAX_IMAGE_PIXELS, ImageProblem, read_image, to_rgb
+from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import run
 from cmaclip_fast.systems.base import System
+from cmaclip_fast.taxonomy import task_probabilities
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
 
 TOP = 5
@@ -42,12 +44,14 @@ class Prediction:
     image_weight: float | None
 
 
-def read_output(output: Output, tasks: dict[str, list[str]]) -> list[dict[str, Prediction]]:
+def read_output(
+    output: Output, tasks: dict[str, list[str]], taxonomies: Sequence[Taxonomy] = ()
+) -> list[dict[str, Prediction]]:
     """The predictions of each row of a batch, from the model's output for it."""
     rows: list[dict[str, Prediction]] = [{} for _ in next(iter(output.logits.values()))]
-    for task, logits in output.logits.items():
+    for task, probabilities in task_probabilities(output.logits, tasks, taxonomies).items():
         names = tasks[task]
-        best = logits.float().softmax(1).topk(min(TOP, len(names)))
+        best = probabilities.topk(min(TOP, len(names)))
         weights = output.modality_weights[task].tolist() if output.modality_weights is not None else [None] * len(rows)
         for row, values, classes, weight in zip(
             rows, best.values.tolist(), best.indices.tolist(), weights, strict=True
@@ -78,7 +82,7 @@ def predict_pairs(
         for start in range(0, len(images), batch_size):
             pairs = zip(images[start : start + batch_size], texts[start : start + batch_size], strict=True)
             batch = _pairs_batch(model, list(pairs), start)
-            predictions += read_output(model(batch.to(device)), model.tasks)
+            predictions += read_output(model(batch.to(device)), model.tasks, model.taxonomies)
     finally:
         model.train(was_training)
     return predictions
@@ -158,7 +162,7 @@ def predict_table(
     try:
         with pq.ParquetWriter(temporary, schema) as writer:
             for _, result in run(model, examples, batch_size, device, description="predicting"):
-                rows = read_output(result, model.tasks)
+                rows = read_output(result, model.tasks, model.taxonomies)
                 records = [
                     {**key, **_flatten(row)} for key, row in zip(keys[done : done + len(rows)], rows, strict=True)
                 ]

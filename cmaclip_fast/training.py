@@ -30,7 +30,7 @@ from cmaclip_fast.artifact import (
 from cmaclip_fast.data.check import RowPolicy, check_rows
 from cmaclip_fast.data.classes import class_names
 from cmaclip_fast.data.examples import Examples
-from cmaclip_fast.data.named import NAMED
+from cmaclip_fast.data.named import absolute
 from cmaclip_fast.data.split import split_table
 from cmaclip_fast.data.table import Table
 from cmaclip_fast.data.tokenizer import Tokenizer, TrainedTokenizer
@@ -143,6 +143,7 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         torch.manual_seed(config.seed)
         tokenizer = _tokenizer(model_options, tables["train"])
         model = build_system(system, model_options, classes, run.pretrained, tokenizer)
+        model.taxonomies = run.table.columns.taxonomies
         _same_run(work / RUN, run, config, model, tables)
         examples = {
             split: Examples(
@@ -183,8 +184,9 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
             tasks=list(run.table.columns.tasks),
             split=run.split_column or run.table.columns.split,
             image_dir=None if run.table.image_dir is None else str(run.table.image_dir.resolve()),
+            taxonomies=run.table.columns.taxonomies,
         )
-        save_model(work, model, columns, source_name(run.table.name), config.model_dump(mode="json"))
+        save_model(work, model, columns, absolute(run.table.name), config.model_dump(mode="json"))
         seconds = time.perf_counter() - started
         if run.report:
             view = _report(run, model, examples["test"], answers, metrics, progression, parameters, seconds, config)
@@ -281,11 +283,6 @@ def _same_run(path: Path, run: TrainingRun, config: TrainingConfig, model: Syste
 def _fingerprint(table: Table) -> int:
     """A number that changes with the rows' texts and labels."""
     return zlib.crc32(repr([table.texts(), *(table.labels(task) for task in table.columns.tasks)]).encode())
-
-
-def source_name(name: str) -> str:
-    """A named data set as it is, a file or folder as an absolute path, so that it is the same from anywhere."""
-    return name if name in NAMED else str(Path(name).expanduser().absolute())
 
 
 def _measure(

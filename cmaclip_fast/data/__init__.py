@@ -6,7 +6,7 @@ from cmaclip_fast.data.check import RowPolicy, check_rows
 from cmaclip_fast.data.classes import class_names, encode
 from cmaclip_fast.data.examples import Examples, collate, make_loader
 from cmaclip_fast.data.images import MAX_IMAGE_PIXELS
-from cmaclip_fast.data.named import Columns
+from cmaclip_fast.data.named import Columns, Taxonomy
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.split import split_table
 from cmaclip_fast.data.table import Table, read_table
@@ -22,6 +22,7 @@ __all__ = [
     "OpenClipTokenizer",
     "RowPolicy",
     "Table",
+    "Taxonomy",
     "Tokenizer",
     "TrainedTokenizer",
     "check_rows",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cmaclip_fast.data.files import SPLITS
-from cmaclip_fast.data.named import NAMED, Columns, NamedDataset
+from cmaclip_fast.data.named import NAMED, Columns, NamedDataset, named
 from cmaclip_fast.data.table import Table, read_table
 
 
@@ -22,7 +22,7 @@ class Description:
         classes: for each task, for each class its rows, the most frequent first.
         absent: rows without a text (`text`), without a picture (`image`), without a label of each task.
         text_words: least, median, mean and most words of a text; None without a text column.
-        licence: None where it is not known.
+        licence, card: of a named data set (the card in Markdown); None where not known.
         examples: the first rows, as text, labels and keys.
     """
 
@@ -34,11 +34,12 @@ class Description:
     absent: dict[str, int]
     text_words: dict[str, float] | None
     licence: str | None
+    card: str | None
     examples: list[dict[str, Any]]
 
 
 def list_datasets() -> list[NamedDataset]:
-    """The data sets that come with the package."""
+    """The data sets that are read by name, those that are still to be built too."""
     return list(NAMED.values())
 
 
@@ -50,6 +51,7 @@ def describe(name_or_table: str | Table, examples: int = 5) -> Description:
     """
     table = read_table(name_or_table) if isinstance(name_or_table, str) else name_or_table
     columns, texts = table.columns, table.texts()
+    found = NAMED.get((named(table.name) or ("",))[0])
     labels = {task: table.labels(task) for task in columns.tasks}
     absent = {task: labels[task].count(None) for task in columns.tasks}
     if columns.text is not None:
@@ -64,12 +66,18 @@ def describe(name_or_table: str | Table, examples: int = 5) -> Description:
         classes={task: dict(Counter(filter(None, values)).most_common()) for task, values in labels.items()},
         absent=absent,
         text_words=_words([text for text in texts if text is not None]),
-        licence=NAMED[table.name].licence if table.name in NAMED else None,
+        licence=found.licence if found else None,
+        card=_without_header(found.card.read_text(encoding="utf-8")) if found else None,
         examples=[
             {"text": texts[row], **table.keys(row), **{task: values[row] for task, values in labels.items()}}
             for row in range(min(examples, len(table)))
         ],
     )
+
+
+def _without_header(card: str) -> str:
+    """Markdown without the block of YAML before it."""
+    return card.split("\n---\n", 1)[-1].lstrip() if card.startswith("---\n") else card
 
 
 def _rows(table: Table) -> dict[str, int]:

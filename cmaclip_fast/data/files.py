@@ -10,8 +10,9 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import datasets
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cmaclip_fast.data.named import NAMED
+from cmaclip_fast.data.named import NAMED, PUBLIC, Columns
 from cmaclip_fast.errors import InputError
 
 FORMATS = {
@@ -43,6 +44,24 @@ SPLITS = {
     "test": "test",
 }
 """The values that a split column may hold (in any case), and the split each names."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a source was read into.
+
+    Attributes:
+        dataset: all rows.
+        files, lengths: where they came from, in order, and the number of rows of each.
+        columns: what a source that knows its columns uses them for.
+        picture: gives the bytes of a row's picture, where they are in no column.
+    """
+
+    dataset: datasets.Dataset
+    files: list[Path]
+    lengths: list[int]
+    columns: Columns = field(default_factory=Columns)
+    picture: Callable[[int], bytes] | None = None
 
 
 def near(name: str, options: Iterable[str]) -> str:
@@ -70,6 +89,8 @@ def list_files(source: str) -> list[Path]:
     else:
         there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = near(path.name, there) or near(source, NAMED)
+        if source in PUBLIC:
+            raise InputError(f"{source}: say where it is, as '{source}:FOLDER'")
         raise InputError(f"{source}: no such file, folder or data set{hint}; data sets: {', '.join(NAMED)}")
     for file in files:
         if file.suffix.lower() not in FORMATS:

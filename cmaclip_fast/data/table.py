@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 from PIL.Image import Image as Picture
 
-from cmaclip_fast.data.files import SPLITS, list_files, near, read_files, read_folder
+from cmaclip_fast.data.emoji import read_emoji
+from cmaclip_fast.data.files import SPLITS, Rows, list_files, near, read_files, read_folder
 from cmaclip_fast.data.images import MAX_IMAGE_PIXELS, ImageProblem, read_image, verify_image
-from cmaclip_fast.data.named import NAMED, Columns
+from cmaclip_fast.data.named import NAMED, Columns, named
 from cmaclip_fast.errors import InputError
 
 
@@ -32,6 +33,7 @@ class _Source:
     first_rows: tuple[int, ...]
     image_dir: Path | None
     max_image_pixels: int
+    picture: Callable[[int], bytes] | None
     values: dict[str, list[Any]]
 
     def column(self, name: str) -> list[Any]:
@@ -171,6 +173,8 @@ class Table:
         row = int(self._rows[index])
         if row in self._masked:
             return None
+        if self._source.picture is not None:
+            return self._source.picture(row)
         value = self._image_value(index)
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
@@ -200,8 +204,9 @@ def read_table(
 ) -> Table:
     """Reads a named data set, a CSV, TSV, JSONL or Parquet file, a glob of them, or a folder of pictures.
 
-    A named data set and a folder of pictures have columns of their own: their image and text are used where `columns`
-    names neither, their tasks, keys and split where it names none. Nothing is decoded here; see `check_rows`.
+    A named data set (`emoji:de` names a part of one) and a folder of pictures have columns of their own: their image
+    and text are used where `columns` names neither, their tasks, keys and split where it names none. Nothing is
+    decoded here; see `check_rows`.
 
     Args:
         columns: which column holds what. Image and text may be None, but not both for a file.
@@ -219,45 +224,73 @@ def read_table(
         raise InputError(
             f"{directory}: image_dir is not a folder; name the folder that the paths of '{name}' start from"
         )
-    dataset, files, lengths = _read(name)
-    first_rows = tuple(itertools.accumulate(lengths[:-1], initial=0))
-    filled = _fill(columns or Columns(), _own_columns(name, dataset), dataset)
+    read = _read(name)
+    dataset = read.dataset
+    first_rows = tuple(itertools.accumulate(read.lengths[:-1], initial=0))
+    dataset, filled = _add_levels(name, dataset, _fill(columns or Columns(), read.columns, dataset))
     table = Table(
-        _Source(dataset, filled, name, tuple(files), first_rows, directory, max_image_pixels, {}),
+        _Source(dataset, filled, name, tuple(read.files), first_rows, directory, max_image_pixels, read.picture, {}),
         np.arange(len(dataset)),
     )
     _check_columns(table, dataset, any_columns)
     return table if split is None else _keep_split(table, split)
 
 
-def _read(name: str) -> tuple[datasets.Dataset, list[Path], list[int]]:
-    if name in NAMED:
-        files = [NAMED[name].path]
-    elif Path(name).expanduser().is_dir():
+def _read(name: str) -> Rows:
+    found = named(name)
+    if found is not None:
+        return _READERS[found[0]](found[1])
+    if Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
         dataset = read_folder(folder)
-        return dataset, [folder], [len(dataset)]
-    else:
-        files = list_files(name)
-    dataset, lengths = read_files(files)
-    return dataset, files, lengths
-
-
-def _own_columns(name: str, dataset: datasets.Dataset) -> Columns:
-    """The columns that a source has by itself; a file has none."""
-    if name in NAMED:
-        return NAMED[name].columns
-    if Path(name).expanduser().is_dir():
         has = set(dataset.column_names)
-        return Columns("image", "text" if "text" in has else None, ("label",) if "label" in has else (), ("image",))
-    return Columns()
+        own = Columns("image", "text" if "text" in has else None, ("label",) if "label" in has else (), ("image",))
+        return Rows(dataset, [folder], [len(dataset)], own)
+    files = list_files(name)
+    dataset, lengths = read_files(files)
+    return Rows(dataset, files, lengths)
+
+
+def _openclipart(argument: str) -> Rows:
+    if argument:
+        raise InputError(f"openclipart:{argument}: this data set has no parts: name it 'openclipart'")
+    files = [NAMED["openclipart"].path]
+    dataset, lengths = read_files(files)
+    return Rows(dataset, files, lengths, NAMED["openclipart"].columns)
+
+
+_READERS: dict[str, Callable[[str], Rows]] = {"openclipart": _openclipart, "emoji": read_emoji}
 
 
 def _fill(given: Columns, own: Columns, dataset: datasets.Dataset) -> Columns:
     if given.image is None and given.text is None:
         given = replace(given, image=own.image, text=own.text)
     split = given.split or own.split or ("split" if "split" in dataset.column_names else None)
-    return replace(given, tasks=given.tasks or own.tasks, keys=given.keys or own.keys, split=split)
+    tasks = given.tasks or (() if given.taxonomies else own.tasks)
+    return replace(given, tasks=tasks, keys=given.keys or own.keys, split=split)
+
+
+def _add_levels(name: str, dataset: datasets.Dataset, columns: Columns) -> tuple[datasets.Dataset, Columns]:
+    """A column and a task for each level of each taxonomy."""
+    tasks = list(columns.tasks)
+    taxonomies = []
+    for taxonomy in columns.taxonomies:
+        if taxonomy.column not in dataset.column_names:
+            names = dataset.column_names
+            raise InputError(
+                f"{name}: no column '{taxonomy.column}' for a taxonomy{near(taxonomy.column, names)}; "
+                f"columns: {', '.join(names)}"
+            )
+        paths = [_label(value) for value in dataset.data.column(taxonomy.column).to_pylist()]
+        deepest = max((len(taxonomy.names(path)) for path in paths if path is not None), default=0)
+        for level in range(1, (taxonomy.levels or max(deepest, 1)) + 1):
+            task = taxonomy.task(level)
+            if task in dataset.column_names:
+                raise InputError(f"{name}: column '{task}' has the name of a level of '{taxonomy.column}'; rename it")
+            dataset = dataset.add_column(task, [path and taxonomy.upto(path, level) for path in paths])
+            tasks.append(task)
+        taxonomies.append(replace(taxonomy, levels=len(taxonomy.levels_in(tasks))))
+    return dataset, replace(columns, tasks=tuple(tasks), taxonomies=tuple(taxonomies))
 
 
 def _check_columns(table: Table, dataset: datasets.Dataset, any_columns: bool) -> None:

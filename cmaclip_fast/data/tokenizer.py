@@ -138,7 +138,8 @@ class TrainedTokenizer(Tokenizer):
     """A vocabulary learnt from the training texts, for models trained from scratch; made by `train`.
 
     Texts are split at spaces, punctuation, underscores, digits and changes of case within a word, lowercased, and
-    stripped of accents. The whole of it is one JSON object.
+    Latin and Greek letters stripped of accents. Any script will do; what is written without spaces is cut into pieces
+    by `bpe` alone. The whole of it is one JSON object.
     """
 
     _SPECIAL = ("<pad>", "<start>", "<end>", "<unknown>")
@@ -218,6 +219,8 @@ class TrainedTokenizer(Tokenizer):
 
 
 def _normalizer() -> normalizers.Normalizer:
+    # only of Latin and Greek: in other scripts marks are vowels, or make another consonant
+    accents = r"(?<=[\p{Latin}\p{Greek}])\p{Mn}+"
     change_of_case = r"(?<=[\p{Ll}\p{N}])(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})"
     return normalizers.Sequence(
         [
@@ -225,8 +228,9 @@ def _normalizer() -> normalizers.Normalizer:
             normalizers.Replace(Regex(change_of_case), " "),
             normalizers.Replace("_", " "),
             normalizers.NFKD(),
-            normalizers.StripAccents(),
+            normalizers.Replace(Regex(accents), ""),
             normalizers.Lowercase(),
+            normalizers.NFC(),
         ]
     )
 

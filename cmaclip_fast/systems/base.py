@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.tokenizer import Tokenizer
 from cmaclip_fast.errors import InputError
@@ -38,6 +39,7 @@ class System(nn.Module):
         modalities: whether it reads the text, and the image.
         uses_labels: False for a system that learns from pairs alone, by CLIP's contrastive loss.
         config, tasks, preprocessing, tokenizer: as in `CMACLIP`.
+        taxonomies: the tasks that are levels of a tree; see `task_probabilities`.
         image_tower, text_tower: see `towers.py`; a system that does not read a modality has no tower for it.
         logit_scale: CLIP's temperature.
     """
@@ -50,6 +52,7 @@ class System(nn.Module):
 
     config: Any
     tasks: dict[str, list[str]]
+    taxonomies: tuple[Taxonomy, ...] = ()
     preprocessing: ImagePreprocessing
     tokenizer: Tokenizer
     image_tower: Any

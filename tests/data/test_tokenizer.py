@@ -11,6 +11,7 @@ from typing import get_args
 import open_clip
 import pytest
 import torch
+from tokenizers import Tokenizer as Engine
 
 from cmaclip_fast.data import OpenClipTokenizer, Tokenizer, TrainedTokenizer, tokenizer_from_dict
 from cmaclip_fast.data.tokenizer import Kind
@@ -136,6 +137,35 @@ def test_texts_are_normalised() -> None:
     tokens, lengths, _ = words.encode(["RedCar_2021 ÉCOLE, HTTPServer unheard"])
     pieces = words.decode_tokens(tokens[0, : lengths[0]])
     assert pieces == ["<start>", "red", "car", "2021", "ecole", "<unknown>", "http", "server", "<unknown>", "<end>"]
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("Éléphant, İstanbul, Việt", "elephant, istanbul, viet"),
+        ("ΆΝΘΗ", "ανθη"),
+        ("が パン", "が パン"),
+        ("ﾊﾟﾝ", "パン"),
+        ("किसान", "किसान"),
+        ("বাংলা", "বাংলা"),
+        ("น้ำ", "น้\u0e4d\u0e32"),  # the compatibility form of U+0E33 is two code points
+        ("한국", "한국"),
+        ("Йод", "йод"),
+    ],
+)
+def test_only_accents_are_stripped(text: str, normal: str) -> None:
+    tokenizer = TrainedTokenizer.train([text])
+    normalizer = Engine.from_str(tokenizer.to_dict()["tokenizer"]).normalizer
+    assert normalizer.normalize_str(text) == normal
+
+
+def test_pieces_of_every_script() -> None:
+    texts = ["火事 消防車", "กังหันลม ลม", "किसान माली", "농장 주인", "пожар", "MZ, Flagge", "خانه"]
+    tokenizer = TrainedTokenizer.train(texts, min_frequency=1)
+    tokens, lengths, _ = tokenizer.encode(texts)
+    for row, length, text in zip(tokens, lengths, texts, strict=True):
+        spelt = "".join(tokenizer.decode_tokens(row[1 : length - 1]))
+        assert spelt == text.replace(" ", "").lower() and "<unknown>" not in spelt
 
 
 def test_vocabulary_has_its_bounds() -> None:
