@@ -98,10 +98,23 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     )
 
 
+def _recipe(context: typer.Context, file: Path | None) -> Path | None:
+    """Makes the options of a recipe the defaults of the command; what the command line says goes before."""
+    if file is not None:
+        from cmaclip_fast.recipes import read_recipe
+
+        context.default_map = read_recipe(file, {parameter.name or "" for parameter in context.command.params})
+    return file
+
+
 @app.command()
 def train(
     data: DataOption,
     output: Annotated[Path, typer.Option(help="The folder to make.")],
+    recipe: Annotated[
+        Path | None,
+        typer.Option(is_eager=True, callback=_recipe, help="YAML file of options; those given here go before."),
+    ] = None,
     image: ImageOption = None,
     text: TextOption = None,
     task: TaskOption = None,
@@ -144,6 +157,8 @@ def train(
 
     Example: `cmaclip train --data dresses.csv --image file --text title --task colour --task style
     --model ViT-B-32 --pretrained laion2b_s34b_b79k --output runs/dresses`
+
+    Example: `cmaclip train --recipe recipes/upmc-food101.yaml --data upmc-food101:FOLDER --output runs/food`
     """
     from cmaclip_fast.data.named import Taxonomy
     from cmaclip_fast.training import TrainingRun
@@ -338,10 +353,13 @@ def data_list() -> None:
     Example: `cmaclip data list`
     """
     from cmaclip_fast.data.catalog import list_datasets
+    from cmaclip_fast.data.named import PUBLIC
 
     table = RichTable("name", "tasks", "licence", "about", box=None)
     for entry in list_datasets():
         table.add_row(entry.name, ", ".join(entry.columns.tasks), entry.licence, entry.summary)
+    for name, summary in PUBLIC.items():
+        table.add_row(f"{name}:FOLDER", "", "its own", summary)
     out.print(table)
     for entry in list_datasets():
         if not entry.path.is_file():
