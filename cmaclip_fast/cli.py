@@ -237,6 +237,7 @@ def evaluate(
 
     Example: `cmaclip evaluate runs/emoji --data emoji:all --by language`
     """
+    from cmaclip_fast.data.files import near
     from cmaclip_fast.data.noise import add_noise, parse_noise
     from cmaclip_fast.evaluation import VIEWS, classify
     from cmaclip_fast.files import write_json
@@ -246,6 +247,8 @@ def evaluate(
     model, config = _load(directory, device)
     source = Source(data, image, text, task, None, image_dir, split, split_column, on_bad_rows, max_image_pixels)
     table, counts = source.rows(config)
+    if by is not None and by not in (names := table.column_names):
+        raise InputError(f"--by {by}: {table.name} has no such column{near(by, names)}: {', '.join(names)}")
     for spec in noise or []:
         table = add_noise(table, parse_noise(spec))
     examples = _examples(model, table, "ignore" if ignore_unknown else "error", task)
@@ -475,11 +478,6 @@ def _by_value(
     """For each value of a column, and `none` where it is empty, what `_headlines` says of its rows."""
     import torch
 
-    from cmaclip_fast.data.files import near
-
-    if column not in table.column_names:
-        names = table.column_names
-        raise InputError(f"--by {column}: {table.name} has no such column{near(column, names)}: {', '.join(names)}")
     values = [value or "none" for value in table.labels(column)]
     return {
         group: _headlines(
