@@ -106,10 +106,23 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     )
 
 
+def _recipe(context: typer.Context, file: Path | None) -> Path | None:
+    """Makes the options of a recipe the defaults of the command; what the command line says goes before."""
+    if file is not None:
+        from cmaclip_fast.recipes import read_recipe
+
+        context.default_map = read_recipe(file, {parameter.name or "" for parameter in context.command.params})
+    return file
+
+
 @app.command()
 def train(
     data: DataOption,
     output: Annotated[Path, typer.Option(help="The folder to make.")],
+    recipe: Annotated[
+        Path | None,
+        typer.Option(is_eager=True, callback=_recipe, help="YAML file of options; those given here go before."),
+    ] = None,
     image: ImageOption = None,
     text: TextOption = None,
     task: TaskOption = None,
@@ -157,6 +170,8 @@ def train(
 
     Example: `cmaclip train --data dresses.csv --image file --text title --task colour --task style
     --model ViT-B-32 --pretrained laion2b_s34b_b79k --output runs/dresses`
+
+    Example: `cmaclip train --recipe recipes/upmc-food101.yaml --data upmc-food101:FOLDER --output runs/food`
     """
     from cmaclip_fast.data.named import Taxonomy
     from cmaclip_fast.training import TrainingRun
@@ -239,6 +254,7 @@ def evaluate(
 
     Example: `cmaclip evaluate runs/emoji --data emoji:all --by language`
     """
+    from cmaclip_fast.data.files import near
     from cmaclip_fast.data.noise import add_noise, parse_noise
     from cmaclip_fast.evaluation import VIEWS, classify
     from cmaclip_fast.files import write_json
@@ -248,6 +264,8 @@ def evaluate(
     model, config = _load(directory, device)
     source = Source(data, image, text, task, None, image_dir, split, split_column, on_bad_rows, max_image_pixels)
     table, counts = source.rows(config)
+    if by is not None and by not in (names := table.column_names):
+        raise InputError(f"--by {by}: {table.name} has no such column{near(by, names)}: {', '.join(names)}")
     for spec in noise or []:
         table = add_noise(table, parse_noise(spec))
     examples = _examples(model, table, "ignore" if ignore_unknown else "error", task)
@@ -451,10 +469,13 @@ def data_list() -> None:
     Example: `cmaclip data list`
     """
     from cmaclip_fast.data.catalog import list_datasets
+    from cmaclip_fast.data.named import PUBLIC
 
     table = RichTable("name", "tasks", "licence", "about", box=None)
     for entry in list_datasets():
         table.add_row(entry.name, ", ".join(entry.columns.tasks), entry.licence, entry.summary)
+    for name, summary in PUBLIC.items():
+        table.add_row(f"{name}:FOLDER", "", "its own", summary)
     out.print(table)
     for entry in list_datasets():
         if not entry.path.is_file():
@@ -570,11 +591,6 @@ def _by_value(
     """For each value of a column, and `none` where it is empty, what `_headlines` says of its rows."""
     import torch
 
-    from cmaclip_fast.data.files import near
-
-    if column not in table.column_names:
-        names = table.column_names
-        raise InputError(f"--by {column}: {table.name} has no such column{near(column, names)}: {', '.join(names)}")
     values = [value or "none" for value in table.labels(column)]
     return {
         group: _headlines(

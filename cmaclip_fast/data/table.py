@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from PIL.Image import Image as Picture
 
+from cmaclip_fast.data import public
 from cmaclip_fast.data.emoji import read_emoji
 from cmaclip_fast.data.files import SPLITS, Rows, list_files, near, read_files, read_folder
 from cmaclip_fast.data.images import MAX_IMAGE_PIXELS, ImageProblem, read_image, verify_image
@@ -110,6 +111,8 @@ class Table:
 
     def has_image(self, index: int) -> bool:
         """Whether the row names a picture; the picture is not read."""
+        if self._source.picture is not None:
+            return int(self._rows[index]) not in self._masked
         return self._image_source(index) is not None
 
     def image_problem(self, index: int) -> ImageProblem | None:
@@ -259,7 +262,7 @@ def _openclipart(argument: str) -> Rows:
     return Rows(dataset, files, lengths, NAMED["openclipart"].columns)
 
 
-_READERS: dict[str, Callable[[str], Rows]] = {"openclipart": _openclipart, "emoji": read_emoji}
+_READERS: dict[str, Callable[[str], Rows]] = {"openclipart": _openclipart, "emoji": read_emoji, **public.READERS}
 
 
 def _fill(given: Columns, own: Columns, dataset: datasets.Dataset) -> Columns:

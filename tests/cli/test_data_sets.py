@@ -50,6 +50,15 @@ def test_a_set_that_is_not_built(cmaclip: Run, tmp_path: Path, monkeypatch: pyte
     assert "emoji is not built yet: cmaclip data build emoji" in cmaclip("data", "list").out
 
 
+def test_help_of_build_shows_an_example(cmaclip: Run) -> None:
+    assert "cmaclip data build emoji" in " ".join(cmaclip("data", "build", "--help").out.split())
+
+
+def test_public_sets_are_listed(cmaclip: Run) -> None:
+    listed = cmaclip("data", "list").out
+    assert all(name in listed for name in ("emoji", "upmc-food101:FOLDER", "fashion-gen:FOLDER", "glami-1m:FOLDER"))
+
+
 def test_build_needs_its_packages(cmaclip: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CMACLIP_DATA", str(tmp_path / "home"))
     done = cmaclip("data", "build", "emoji", "--packages", tmp_path)
