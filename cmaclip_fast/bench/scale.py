@@ -114,7 +114,7 @@ def with_text(tower: str, lengths: Sequence[int], machine: Machine, seconds: flo
 
 def with_tasks(counts: Sequence[int], machine: Machine, seconds: float, advance: Advance) -> Curve:
     def point(tasks: int) -> tuple[CMACLIP, Batch]:
-        model = make_model(SMALL, {f"task {i}": 10 for i in range(tasks)}, depth=1, head_hidden=64)
+        model = make_model(SMALL, {f"task {i}": 10 for i in range(tasks)}, depth=2, head_hidden=64)
         return model, make_batch(model, text_lengths(Texts.product, 32, model))
 
     title = "small towers, loss and gradients, 32 pairs, tasks of 10 classes, heads of width 64"
@@ -123,7 +123,7 @@ def with_tasks(counts: Sequence[int], machine: Machine, seconds: float, advance:
 
 def with_classes(counts: Sequence[int], machine: Machine, seconds: float, advance: Advance) -> Curve:
     def point(classes: int) -> tuple[CMACLIP, Batch]:
-        model = make_model(SMALL, {"task": classes}, depth=1)
+        model = make_model(SMALL, {"task": classes}, depth=2)
         return model, make_batch(model, text_lengths(Texts.product, 32, model))
 
     title = "small towers, loss and gradients, 32 pairs, one task"

@@ -67,9 +67,11 @@ def alternate(
             wait()
             times[name].append(time.perf_counter() - start)
         number += 1
-        done = min(max((time.perf_counter() - begin) / seconds, number / most) if number >= least else 0.0, 1.0)
-        advance(max(done - told, 0.0))
-        told = max(done, told)
+        passed = time.perf_counter() - begin
+        # both must be reached, the seconds and the least number of rounds
+        done = min(1.0, number / least, passed / seconds if seconds else 1.0)
+        advance(done - told)
+        told = done
     advance(1.0 - told)
     return times
 

@@ -47,7 +47,6 @@ class System(ABC):
         packages: what it needs beyond ours, as they are imported.
         trains: whether it can train.
         devices: what it runs on here.
-        padding: what it pads texts to: `77`, `longest` or `none`.
         module: what trains, for the optimizer; None where nothing can.
         prepared: what was done before the first batch, such as an export, and the seconds it took.
     """
@@ -56,7 +55,6 @@ class System(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     trains: ClassVar[bool] = True
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
-    padding: ClassVar[str] = "longest"
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
