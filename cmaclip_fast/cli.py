@@ -314,7 +314,7 @@ def explain(
 
 @app.command()
 def bench(
-    output: Annotated[Path, typer.Option(help="Folder for the page, the numbers and the picture.")] = Path("bench"),
+    output: Annotated[Path, typer.Option(help="Folder of page, numbers and picture.")] = Path("runs/bench"),
     quick: Annotated[bool, typer.Option("--quick", help="Three minutes instead of half an hour.")] = False,
     only: Annotated[
         str, typer.Option(help="Only what has this in its name; after a `/`, only systems with that in theirs.")
@@ -327,7 +327,7 @@ def bench(
 ) -> None:
     """Time the model against what people run today: the plain implementation, torch.compile, transformers, ONNX.
 
-    Example: `cmaclip bench --quick --output bench`
+    Example: `cmaclip bench --quick`
 
     Example: `cmaclip bench --only 'ViT-B-32, inference at batch 32/o' --threads 2`
     """
