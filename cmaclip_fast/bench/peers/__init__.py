@@ -1,0 +1,21 @@
+"""The systems that are compared, all made from our model's weights."""
+
+from cmaclip_fast.bench.peers.hugging_face import HuggingFace
+from cmaclip_fast.bench.peers.onnx_runtimes import OnnxRuntime, OpenVINO
+from cmaclip_fast.bench.peers.ours import Ours
+from cmaclip_fast.bench.peers.plain import Accelerated, Plain, PlainCompiled, PlainLongest
+from cmaclip_fast.bench.peers.system import Setting, System
+
+SYSTEMS: dict[str, type[System]] = {
+    "ours": Ours,
+    "plain": Plain,
+    "longest": PlainLongest,
+    "compiled": PlainCompiled,
+    "accelerated": Accelerated,
+    "transformers": HuggingFace,
+    "onnxruntime": OnnxRuntime,
+    "openvino": OpenVINO,
+}
+"""By the names that the command takes."""
+
+__all__ = ["SYSTEMS", "Setting", "System"]
