@@ -35,11 +35,11 @@ class TestEmbraceNet:
             s.heads[0].register_forward_hook(lambda module, given, out: seen.append(given[0]))
         with torch.inference_mode():
             system(batch)
-            for _ in range(300):
+            for _ in range(60):
                 drawing(batch)
         mean = torch.stack(seen[1:]).mean(0)
-        assert (mean - seen[0]).abs().mean() < 0.1 * seen[0].abs().mean()
-        assert (seen[1] - seen[0]).abs().mean() > 0.2 * seen[0].abs().mean()
+        assert (mean - seen[0]).abs().mean() < 0.2 * seen[0].abs().mean()
+        assert (seen[1] - seen[0]).abs().mean() > 0.4 * seen[0].abs().mean()
 
     def test_modality_dropout_leaves_one_side(self) -> None:
         system = make("embracenet", modality_dropout=0.5)
@@ -88,7 +88,7 @@ class TestCoCa:
         texts = ["a long red dress", "short blue coat", "green skirt"]
         batch = make_batch(texts, [True] * 3)
         optimizer = torch.optim.AdamW(system.parameters(), lr=5e-3)
-        # without dropout of words the four pictures are soon known by heart
+        # without dropout of words the three pictures are soon known by heart
         system.text_tower.text.token_embedding.dropout = 0.0
         for _ in range(60):
             loss = system.extra_losses(batch, system(batch))["caption"]
@@ -132,7 +132,7 @@ class TestPerceiverIO:
         system, batch = make("perceiver-io"), make_batch()
         with torch.inference_mode():
             before = system(batch).logits
-            system.queries[0] += 1.0
+            system.queries[0].mul_(-50)
             after = system(batch).logits
         assert not torch.allclose(before["colour"], after["colour"])
         assert torch.equal(before["style/cut"], after["style/cut"])
@@ -146,7 +146,7 @@ class TestMMBT:
         assert system.place_projections.shape[0] == 4
         with torch.inference_mode():
             before = system(batch).logits["colour"]
-            system.place_projections[3] += 0.5
+            system.place_projections[3].mul_(-5)
             after = system(batch).logits["colour"]
         assert not torch.allclose(before[:5], after[:5])
         assert torch.equal(before[5], after[5])  # no picture
