@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from cmaclip_fast.bench import flops
-from cmaclip_fast.bench.peers import SYSTEMS, Setting, System
+from cmaclip_fast.bench.peers import BETWEEN, SYSTEMS, Setting, System
 from cmaclip_fast.bench.results import BASELINE, BenchmarkError, Row, Table
 from cmaclip_fast.bench.timing import MatmulRate, Run, Spread, alternate
 from cmaclip_fast.bench.workloads import Texts, Workload, make_batches
 from cmaclip_fast.model import CMACLIP
 from cmaclip_fast.types import Batch
 
+KNOWN = SYSTEMS | BETWEEN
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Of a task's largest logit: how far a system's may be from the baseline's."""
 WHOLE = 32
@@ -150,8 +151,8 @@ class Comparison:
         batches = [to_device(batch, self.machine, self.group.training) for batch in make_batches(self.model, workload)]
         wanted, not_run = [], {}
         for name in measurement.systems:
-            if reason := SYSTEMS[name].why_not(self.machine.device, self.group.training):
-                not_run[SYSTEMS[name].title] = reason
+            if reason := KNOWN[name].why_not(self.machine.device, self.group.training):
+                not_run[KNOWN[name].title] = reason
             elif self._only in name:
                 wanted.append(name)
         baseline = BASELINE if BASELINE in measurement.systems else "longest"
@@ -183,7 +184,7 @@ class Comparison:
     def _build(self, name: str) -> None:
         if name in self._systems:
             return
-        system = self._systems[name] = SYSTEMS[name](self._setting)
+        system = self._systems[name] = KNOWN[name](self._setting)
         if self.group.training:
             optimizer = make_optimizer(system)
             # most parameters are shared between the systems, and so is what AdamW keeps of them
@@ -201,7 +202,7 @@ class Comparison:
             with mode(self.machine, self.group.training):
                 expected = [logits.detach() for logits in self._systems[baseline].logits(part)]
                 for name in others:
-                    check_logits(SYSTEMS[name].title, workload, self._systems[name].logits(part), expected)
+                    check_logits(KNOWN[name].title, workload, self._systems[name].logits(part), expected)
 
     def _summary(
         self,
@@ -233,7 +234,7 @@ class Comparison:
             rows.append(
                 Row(
                     name,
-                    SYSTEMS[name].title,
+                    KNOWN[name].title,
                     milliseconds,
                     workload.batch * 1e3 / milliseconds.median,
                     Spread.of(against),

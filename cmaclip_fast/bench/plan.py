@@ -19,6 +19,7 @@ class Plan:
 
     Attributes:
         groups: tables; what takes minutes a round gets few rounds and the peers that matter, as the report says.
+        steps_seconds: of the steps from the plain implementation to ours; 0 for none.
         memory: whether training tables of product titles have their memory measured too.
         batches, lengths, tasks, classes: the points of the curves.
         point_seconds: of each point.
@@ -27,6 +28,7 @@ class Plan:
     """
 
     groups: tuple[Group, ...]
+    steps_seconds: float
     memory: bool
     batches: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -66,6 +68,7 @@ FULL = Plan(
         Group(B16, 256, False, (Measurement(Texts.product, ("ours", "longest"), 0, least=1),)),
         Group(B16, 32, True, (Measurement(Texts.product, ("ours", "plain"), 0, least=2),)),
     ),
+    steps_seconds=60,
     memory=True,
     batches=(1, 2, 4, 8, 16, 32),
     lengths=(8, 16, 32, 48, 64, 77),
@@ -83,6 +86,7 @@ QUICK = Plan(
         Group(B32, 32, False, (Measurement(Texts.product, ("ours", "plain", "longest"), 0, least=2),)),
         Group(B32, 32, True, (Measurement(Texts.product, ("ours", "plain"), 0, least=1),)),
     ),
+    steps_seconds=0,
     memory=False,
     batches=(1, 4, 8),
     lengths=(8, 32, 77),

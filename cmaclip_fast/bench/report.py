@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cmaclip_fast.bench.peers import SYSTEMS
-from cmaclip_fast.bench.results import Curve, Memory, Part, Pipeline, Report, Table
+from cmaclip_fast.bench.results import Curve, Memory, Part, Pipeline, Report, Steps, Table
 from cmaclip_fast.bench.timing import Spread
 from cmaclip_fast.files import write_json
 
@@ -30,6 +30,8 @@ def markdown(report: Report) -> str:
     """The page: machine, one table a workload, memory, operators, scale, input pipeline."""
     parts = [machine(report), f"![Speed against the plain implementation, and how cost grows]({PICTURE})"]
     parts += [table(one) for one in report.tables]
+    if report.steps is not None:
+        parts.append(gains(report.steps))
     if report.memory:
         parts.append(memory(report.memory))
     if report.parts:
@@ -117,6 +119,24 @@ def table(one: Table) -> str:
     if missing:
         text.append("Left out of this table, for the time that it takes: " + ", ".join(missing) + ".")
     return "\n\n".join(text)
+
+
+def gains(found: Steps) -> str:
+    first, *others = found.steps
+    lines = [[first.name, f"{first.gflop:.2f}", "", "", spread(first.speedup, 2)]]
+    lines += [
+        [one.name, f"{one.gflop:.2f}", f"{one.predicted:.2f}", f"{one.gained:.2f}", spread(one.speedup, 2)]
+        for one in others
+    ]
+    headings = ("step", "GFLOP a pair", "gain, predicted", "gain, measured", "speed over the plain one")
+    return "\n\n".join(
+        [
+            "## What each step gains",
+            f"{found.workload}; each step does one thing more than the one above. Predicted is the ratio of"
+            " operations.",
+            rows(headings, lines),
+        ]
+    )
 
 
 def mebibytes(size: float | None) -> str:

@@ -137,6 +137,33 @@ class Pipeline:
 
 
 @dataclass
+class Step:
+    """One step from the plain implementation to ours.
+
+    Attributes:
+        name: what it does.
+        gflop: operations of a pair, in 10^9.
+        predicted: the step before's operations over this one's: what it gains where all operations cost the same.
+        gained: the step before's time over this one's, by the medians.
+        speedup: over the plain implementation, round by round.
+    """
+
+    name: str
+    gflop: float
+    predicted: float
+    gained: float
+    speedup: Spread
+
+
+@dataclass
+class Steps:
+    """All steps at one workload."""
+
+    workload: str
+    steps: list[Step]
+
+
+@dataclass
 class Report:
     """One run of the benchmark. `machine` is what `cmaclip env` says, and the load before and after."""
 
@@ -147,6 +174,7 @@ class Report:
     quick: bool
     machine: dict[str, Any]
     tables: list[Table] = field(default_factory=list)
+    steps: Steps | None = None
     memory: list[Memory] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)

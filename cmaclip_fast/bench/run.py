@@ -25,6 +25,7 @@ from cmaclip_fast.bench.peers import SYSTEMS
 from cmaclip_fast.bench.plan import FULL, QUICK, Plan
 from cmaclip_fast.bench.report import write_report
 from cmaclip_fast.bench.results import BenchmarkError, Curve, Report
+from cmaclip_fast.bench.steps import STEPS, measure_steps
 from cmaclip_fast.bench.workloads import Texts, make_model
 from cmaclip_fast.errors import InputError
 
@@ -136,6 +137,9 @@ def steps(plan: Plan, machine: Machine, folder: Path, only: str = "", system: st
             if plan.memory and group.training and one.texts is Texts.product and only in name:
                 systems = [name for name in one.systems if system in name and runs_here(name, machine)]
                 yield Step(name, 40.0 * len(systems), _memory(group, one, machine, systems))
+    if plan.steps_seconds and only in "steps":
+        rounds = plan.steps_seconds + 12.0 * len(STEPS)
+        yield Step("steps", rounds, _gains(machine, folder, plan.steps_seconds))
     seconds = plan.point_seconds
     curves: dict[str, tuple[tuple[int, ...], Callable[[Advance], Curve]]] = {
         "batch": (plan.batches, lambda tell: scale.with_batch(TOWER, plan.batches, machine, seconds, tell)),
@@ -184,6 +188,13 @@ def _memory(
         for system in systems:
             report.memory.append(measure_apart(system, group.workload(measurement), machine))
             advance(1 / len(systems))
+
+    return run
+
+
+def _gains(machine: Machine, folder: Path, seconds: float) -> Callable[[Report, Advance], None]:
+    def run(report: Report, advance: Advance) -> None:
+        report.steps = measure_steps(TOWER, 32, machine, folder, seconds, advance)
 
     return run
 
