@@ -137,6 +137,7 @@ class Comparison:
         )
         self._systems: dict[str, System] = {}
         self._runs: dict[str, Callable[[Batch], Any]] = {}
+        self._stepped: set[str] = set()
         self._only = only
         self._state: Any = None
 
@@ -160,6 +161,11 @@ class Comparison:
             with mode(self.machine, self.group.training):
                 self._systems[name].warm(batches[0])
         self._check(workload.name, [baseline, *wanted], batches)
+        if self.group.training:
+            # the check has no optimizer step, whose first makes the optimizer's state
+            for name in self._runs.keys() - self._stepped:
+                self._runs[name](batches[0])
+            self._stepped |= self._runs.keys()
         runs: dict[str, Run] = {
             name: lambda number, run=self._runs[name]: run(batches[number % len(batches)])  # type: ignore[misc]
             for name in dict.fromkeys([*wanted, baseline])

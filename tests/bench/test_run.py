@@ -27,7 +27,7 @@ PLAN = Plan(
         Group(SMALL, 2, False, (Measurement(Texts.product, PEERS, 0, 2), Measurement(Texts.full, PEERS, 0, 1))),
         Group(SMALL, 2, True, (Measurement(Texts.product, ("ours", "plain"), 0, 1),)),
     ),
-    memory=True,
+    memory=("ours", "plain"),
     batches=(1, 2),
     lengths=(8, 16),
     tasks=(1, 8),
