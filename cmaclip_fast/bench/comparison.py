@@ -20,7 +20,6 @@ from cmaclip_fast.bench.workloads import Texts, Workload, make_batches
 from cmaclip_fast.model import CMACLIP
 from cmaclip_fast.types import Batch
 
-KNOWN = SYSTEMS | BETWEEN
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Of a task's largest logit: how far a system's may be from the baseline's."""
 WHOLE = 32
@@ -66,6 +65,10 @@ class Machine:
     device: str
     dtype: torch.dtype
     threads: int
+
+
+def _kind(name: str) -> type[System]:
+    return SYSTEMS.get(name) or BETWEEN[name]
 
 
 def first_rows(batch: Batch, rows: int) -> Batch:
@@ -138,6 +141,7 @@ class Comparison:
         )
         self._systems: dict[str, System] = {}
         self._runs: dict[str, Callable[[Batch], Any]] = {}
+        self._stepped: set[str] = set()
         self._only = only
         self._state: Any = None
 
@@ -151,8 +155,8 @@ class Comparison:
         batches = [to_device(batch, self.machine, self.group.training) for batch in make_batches(self.model, workload)]
         wanted, not_run = [], {}
         for name in measurement.systems:
-            if reason := KNOWN[name].why_not(self.machine.device, self.group.training):
-                not_run[KNOWN[name].title] = reason
+            if reason := _kind(name).why_not(self.machine.device, self.group.training):
+                not_run[_kind(name).title] = reason
             elif self._only in name:
                 wanted.append(name)
         baseline = BASELINE if BASELINE in measurement.systems else "longest"
@@ -161,6 +165,11 @@ class Comparison:
             with mode(self.machine, self.group.training):
                 self._systems[name].warm(batches[0])
         self._check(workload.name, [baseline, *wanted], batches)
+        if self.group.training:
+            # the check has no optimizer step, whose first makes the optimizer's state
+            for name in self._runs.keys() - self._stepped:
+                self._runs[name](batches[0])
+            self._stepped |= self._runs.keys()
         runs: dict[str, Run] = {
             name: lambda number, run=self._runs[name]: run(batches[number % len(batches)])  # type: ignore[misc]
             for name in dict.fromkeys([*wanted, baseline])
@@ -184,7 +193,7 @@ class Comparison:
     def _build(self, name: str) -> None:
         if name in self._systems:
             return
-        system = self._systems[name] = KNOWN[name](self._setting)
+        system = self._systems[name] = _kind(name)(self._setting)
         if self.group.training:
             optimizer = make_optimizer(system)
             # most parameters are shared between the systems, and so is what AdamW keeps of them
@@ -202,7 +211,7 @@ class Comparison:
             with mode(self.machine, self.group.training):
                 expected = [logits.detach() for logits in self._systems[baseline].logits(part)]
                 for name in others:
-                    check_logits(KNOWN[name].title, workload, self._systems[name].logits(part), expected)
+                    check_logits(_kind(name).title, workload, self._systems[name].logits(part), expected)
 
     def _summary(
         self,
@@ -234,7 +243,7 @@ class Comparison:
             rows.append(
                 Row(
                     name,
-                    KNOWN[name].title,
+                    _kind(name).title,
                     milliseconds,
                     workload.batch * 1e3 / milliseconds.median,
                     Spread.of(against),

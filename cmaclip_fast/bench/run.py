@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from cmaclip_fast import env
 from cmaclip_fast.bench import guard, scale
-from cmaclip_fast.bench.comparison import Comparison, Group, Machine, Measurement
+from cmaclip_fast.bench.comparison import WHOLE, Comparison, Group, Machine, Measurement
 from cmaclip_fast.bench.memory import measure_apart
 from cmaclip_fast.bench.parts import measure_parts
 from cmaclip_fast.bench.peers import SYSTEMS
@@ -26,7 +26,7 @@ from cmaclip_fast.bench.plan import FULL, QUICK, Plan
 from cmaclip_fast.bench.report import write_report
 from cmaclip_fast.bench.results import BenchmarkError, Curve, Report
 from cmaclip_fast.bench.steps import STEPS, measure_steps
-from cmaclip_fast.bench.workloads import Texts, make_model
+from cmaclip_fast.bench.workloads import make_model
 from cmaclip_fast.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -132,11 +132,6 @@ def steps(plan: Plan, machine: Machine, folder: Path, only: str = "", system: st
             name = f"{group.tower}, {use} at batch {group.batch}"
             group_step = _comparison(replace(group, measurements=chosen), machine, folder, system)
             yield Step(name, sum(estimate(group, one) for one in chosen), group_step)
-        for one in group.measurements:
-            name = f"memory of {group.workload(one).name}"
-            if plan.memory and group.training and one.texts is Texts.product and only in name:
-                systems = [name for name in one.systems if system in name and runs_here(name, machine)]
-                yield Step(name, 40.0 * len(systems), _memory(group, one, machine, systems))
     if plan.steps_seconds and only in "steps":
         rounds = plan.steps_seconds + 12.0 * len(STEPS)
         yield Step("steps", rounds, _gains(machine, folder, plan.steps_seconds))
@@ -147,6 +142,12 @@ def steps(plan: Plan, machine: Machine, folder: Path, only: str = "", system: st
         "tasks": (plan.tasks, lambda tell: scale.with_tasks(plan.tasks, machine, seconds, tell)),
         "classes": (plan.classes, lambda tell: scale.with_classes(plan.classes, machine, seconds, tell)),
     }
+    trained = next(((group, group.measurements[0]) for group in plan.groups if group.training), None)
+    systems = [name for name in plan.memory if system in name and runs_here(name, machine)]
+    if trained is not None and systems:
+        name = f"memory of {trained[0].workload(trained[1]).name}"
+        if only in name:
+            yield Step(name, 40.0 * len(systems), _memory(*trained, machine, systems))
     others = [Step("operators", 4 * plan.part_seconds, _parts(machine, plan.part_seconds))] if plan.part_seconds else []
     others += [
         Step(f"scale with {name}", (5.0 + seconds) * len(values), _curve(measure))
@@ -160,10 +161,10 @@ def steps(plan: Plan, machine: Machine, folder: Path, only: str = "", system: st
 
 def estimate(group: Group, measurement: Measurement) -> float:
     """Seconds, roughly, for the progress bar alone: of two AVX2 cores."""
-    pair = 0.12 if group.tower == "ViT-B-32" else 0.35
-    one = group.batch * pair * (3 if group.training else 1)
-    rounds = (1 + measurement.least) * one * len(measurement.systems)
-    return max(measurement.seconds, rounds) + 120 * ("compiled" in measurement.systems)
+    pair = 0.1 if group.tower == "ViT-B-32" else 0.3
+    one = group.batch * pair * (3 if group.training else 1) * len(measurement.systems)
+    warming = one if group.batch <= WHOLE else 0.0
+    return warming + max(measurement.seconds, measurement.least * one) + 60 * ("compiled" in measurement.systems)
 
 
 def runs_here(system: str, machine: Machine) -> bool:

@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cmaclip_fast.bench import comparison, flops
 from cmaclip_fast.bench.comparison import Comparison, Group, Measurement, check_logits
-from cmaclip_fast.bench.peers import SYSTEMS
+from cmaclip_fast.bench.peers import BETWEEN, SYSTEMS
 from cmaclip_fast.bench.peers.plain import PlainCMACLIP, PlainLongest, to_longest
 from cmaclip_fast.bench.results import BenchmarkError
+from cmaclip_fast.bench.steps import STEPS, operations
 from cmaclip_fast.bench.workloads import SMALL, Texts, make_batch, make_model
 from cmaclip_fast.model import CMACLIP
 from cmaclip_fast.types import Batch
@@ -41,6 +42,13 @@ def test_inference_gives_our_logits(name: str, model: CMACLIP, batch: Batch, fol
         system.warm(make_batch(model, [5, 9, 4], seed=1))
         check_logits(system.title, "a small batch", system.logits(batch), expected)
         system.close()
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_each_step_gives_our_logits(name: str, model: CMACLIP, batch: Batch, folder: Path) -> None:
+    with torch.inference_mode():
+        expected = list(model.eval()(batch).logits.values())
+        check_logits(name, "a small batch", BETWEEN[name](setting(model, folder)).logits(batch), expected)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -150,3 +158,17 @@ def test_useful_operations_are_the_padded_ones_less_what_nobody_reads(model: CMA
     assert flops.useful(shape, [length]) == flops.padded(shape, 1, length) - saved_scores - saved_layer
     assert flops.useful(shape, [5, 9]) == flops.useful(shape, [5]) + flops.useful(shape, [9])
     assert flops.useful(replace(shape, classes=()), [5]) < flops.useful(shape, [5])
+
+
+def test_operations_of_the_steps_fall_from_the_plain_to_ours(model: CMACLIP) -> None:
+    shape, lengths = flops.Shape.of(model), [3, 11, 7, 20]
+    found = operations(shape, lengths, 77)
+    assert list(found) == list(STEPS)
+    counts = list(found.values())
+    assert counts[:5] == sorted(counts[:5], reverse=True) and len(set(counts[:5])) == 5
+    assert found["plain"] == flops.padded(shape, 4, 77) and found["ours"] == flops.useful(shape, lengths)
+    # where nothing is padded, the text tower saves the upper half of its scores and the packed fusion nothing
+    even = operations(shape, [20, 20], 77)
+    scores = shape.text_layers * 4 * shape.text_width * (20**2 - 20 * 21 / 2)
+    assert even["longest"] - even["packed-text"] == 2 * scores
+    assert even["packed-text"] == even["packed-fusion"]
