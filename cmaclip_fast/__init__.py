@@ -5,7 +5,7 @@ from cmaclip_fast.types import AttentionMaps, Batch, Output
 
 __version__ = "0.1.0"
 
-__all__ = ["CMACLIP", "AttentionMaps", "Batch", "InputError", "Output", "create_model"]
+__all__ = ["CMACLIP", "AttentionMaps", "Batch", "InputError", "Output", "System", "create_model", "create_system"]
 
 
 def __getattr__(name: str) -> object:
@@ -14,4 +14,9 @@ def __getattr__(name: str) -> object:
         from cmaclip_fast import model
 
         return getattr(model, name)
+    if name in ("System", "create_system"):
+        from cmaclip_fast import systems
+        from cmaclip_fast.systems.base import System
+
+        return System if name == "System" else systems.create_system
     raise AttributeError(f"module 'cmaclip_fast' has no attribute '{name}'")

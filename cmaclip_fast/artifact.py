@@ -23,10 +23,11 @@ from safetensors.torch import load_file
 import cmaclip_fast
 from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.data.preprocess import ImagePreprocessing
-from cmaclip_fast.data.tokenizer import tokenizer_from_dict
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.files import write_json, write_tensors
-from cmaclip_fast.model import CMACLIP, ModelConfig, build_model
+from cmaclip_fast.pretrained import load_tokenizer
+from cmaclip_fast.systems import build_system, find_system, system_config
+from cmaclip_fast.systems.base import System
 
 FORMAT = 1
 WEIGHTS, CONFIG, THRESHOLDS, METRICS = "model.safetensors", "config.json", "thresholds.json", "metrics.json"
@@ -44,13 +45,18 @@ class DataColumns(BaseModel):
 
 
 class ArtifactConfig(BaseModel):
-    """`config.json`: all that is needed to build the model again and to read data for it."""
+    """`config.json`: all that is needed to build the model again and to read data for it.
+
+    Attributes:
+        system: a registered name (`systems.systems()`).
+        model: the fields of that system's `Config`.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     format: int = FORMAT
     system: str = "cma-clip"
-    model: ModelConfig
+    model: dict[str, Any]
     tasks: dict[str, list[str]]
     preprocessing: ImagePreprocessing
     tokenizer: dict[str, Any]
@@ -70,10 +76,11 @@ def versions() -> dict[str, str]:
     }
 
 
-def save_model(directory: Path, model: CMACLIP, columns: DataColumns, source: str, training: dict[str, Any]) -> None:
+def save_model(directory: Path, model: System, columns: DataColumns, source: str, training: dict[str, Any]) -> None:
     """Writes `model.safetensors` and `config.json` into an existing folder."""
     config = ArtifactConfig(
-        model=model.config,
+        system=model.system,
+        model=model.config.model_dump(mode="json"),
         tasks=model.tasks,
         preprocessing=model.preprocessing,
         tokenizer=model.tokenizer.to_dict(),
@@ -108,7 +115,7 @@ def load_config(directory: str | Path) -> ArtifactConfig:
         raise InputError(f"{path}: damaged or not an artefact's ({reason}): train again, or restore the file") from None
 
 
-def load_model(directory: str | Path, device: str | torch.device = "cpu") -> CMACLIP:
+def load_model(directory: str | Path, device: str | torch.device = "cpu") -> System:
     """Builds the model of an artefact, in evaluation mode.
 
     Raises:
@@ -118,7 +125,12 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu") -> CMA
     path = Path(directory) / WEIGHTS
     if not path.is_file():
         raise InputError(f"{path}: missing: restore it, or train again")
-    model = build_model(config.model, config.tasks, tokenizer=tokenizer_from_dict(config.tokenizer))
+    system, _ = find_system(config.system)
+    try:
+        settings = system_config(system, config.model.get("name", "tiny"), config.model)
+        model = build_system(system, settings, config.tasks, tokenizer=load_tokenizer(config.tokenizer))
+    except InputError as error:
+        raise InputError(f"{Path(directory) / CONFIG}: {error}") from None
     model.preprocessing = config.preprocessing
     model.taxonomies = config.columns.taxonomies
     try:

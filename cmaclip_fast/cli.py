@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -23,10 +25,10 @@ if TYPE_CHECKING:
     from cmaclip_fast.data.named import Columns, Taxonomy
     from cmaclip_fast.data.table import Table
     from cmaclip_fast.evaluation import Classified
-    from cmaclip_fast.model import CMACLIP
+    from cmaclip_fast.systems.base import System
 
 app = typer.Typer(
-    help="Classify image-text pairs with CMA-CLIP: train, evaluate, predict, explain.",
+    help="Classify image-text pairs with CMA-CLIP: train, compare, evaluate, predict, explain.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -76,6 +78,12 @@ BadRowsOption = Annotated[
 ]
 PixelsOption = Annotated[int, typer.Option(min=1, help="Pictures of more pixels than this are refused.")]
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one.")]
+TextTowerOption = Annotated[
+    str | None, typer.Option(help="Folder with a Hugging Face encoder, in place of the model's text tower.")
+]
+ImageTowerOption = Annotated[
+    str | None, typer.Option(help="NAME or NAME:WEIGHTS of a timm model, in place of the model's image tower.")
+]
 BatchOption = Annotated[int, typer.Option(min=1, help="Rows at a time.")]
 ModelArgument = Annotated[Path, typer.Argument(help="A folder that `cmaclip train` wrote.")]
 
@@ -120,8 +128,13 @@ def train(
     task: TaskOption = None,
     taxonomy: TaxonomyOption = None,
     separator: SeparatorOption = " > ",
+    system: Annotated[
+        str, typer.Option(help="`cma-clip`, or another of docs/systems.md, such as `mmbt`.")
+    ] = "cma-clip",
     model: Annotated[str, typer.Option(help="`tiny`, or an open_clip model name such as ViT-B-32.")] = "tiny",
     pretrained: Annotated[str | None, typer.Option(help="An open_clip tag, or a checkpoint file.")] = None,
+    text_tower: TextTowerOption = None,
+    image_tower: ImageTowerOption = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training rows.")] = None,
     contrastive_epochs: Annotated[
         int | None, typer.Option(min=0, help="Passes with CLIP's own loss before the tasks.")
@@ -137,7 +150,7 @@ def train(
     vectors: Annotated[Vectors, typer.Option(help="Keyless vectors of modality attention.")] = Vectors.task,
     option: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=VALUE of `ModelConfig` or `TrainingConfig`, such as `depth=3`; repeat."),
+        typer.Option(help="NAME=VALUE of the system's options or of `TrainingConfig`, such as `depth=3`; repeat."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Repeats a run exactly on a CPU.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0,
@@ -168,12 +181,15 @@ def train(
         raise InputError("--separator: is empty: give what stands between the names of a path, such as '>' or '/'")
     taxonomies = tuple(Taxonomy(column, separator) for column in taxonomy or [])
     table = _read(data, image, text, task, key, image_dir, max_image_pixels, split_column, taxonomies=taxonomies)
-    model_options, training_options = _options(option or [])
-    model_options |= {
-        "sequence_attention": sequence_attention,
-        "modality_attention": modality_attention,
-        "vectors": vectors.value,
-    }
+    model_options, training_options = _options(option or [], [system])
+    if not sequence_attention:
+        model_options["sequence_attention"] = False
+    if not modality_attention:
+        model_options["modality_attention"] = False
+    if vectors is not Vectors.task:
+        model_options["vectors"] = vectors.value
+    towers = {"text_tower": text_tower, "image_tower": image_tower}
+    model_options |= {name: value for name, value in towers.items() if value is not None}
     training_options |= {"seed": seed, "workers": workers, "mixed_precision": mixed_precision}
     given = {
         "epochs": epochs,
@@ -187,6 +203,7 @@ def train(
     run = TrainingRun(
         table,
         output,
+        system,
         model,
         pretrained,
         model_options,
@@ -347,6 +364,102 @@ def explain(
     summary = {"model": str(directory), "data": f"{table.name}, split {split}"}
     render_explanation(views, output, "What the model looked at", summary)
     out.print(f"explanation: {output}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def compare(
+    data: Annotated[list[str], typer.Option(help="As for `train`; repeat for several data sets.")],
+    output: Annotated[
+        Path, typer.Option(help="The folder for records and the page; an interrupted one is gone on with.")
+    ],
+    systems: Annotated[str | None, typer.Option(help="Names, with commas; the first is tested against.")] = None,
+    seeds: Annotated[str, typer.Option(help="Numbers, with commas; at least two give deviations.")] = "0,1,2",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rows, small pictures, a short training.")] = False,
+    image: ImageOption = None,
+    text: TextOption = None,
+    task: TaskOption = None,
+    model: Annotated[str, typer.Option(help="Towers of all systems: `tiny`, or an open_clip model name.")] = "tiny",
+    pretrained: Annotated[str | None, typer.Option(help="An open_clip tag, or a checkpoint file.")] = None,
+    text_tower: TextTowerOption = None,
+    image_tower: ImageTowerOption = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training rows, the same for all.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="At most so many training rows.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE of `TrainingConfig`, or of the systems that have it, such as `depth=2`; repeat."),
+    ] = None,
+    training_noise: Annotated[
+        str | None, typer.Option(help="KIND:LEVEL, damage to the training rows, as for `evaluate --noise`.")
+    ] = None,
+    precision: Annotated[float, typer.Option(min=0.01, max=1.0, help="Target of recall at a precision.")] = 0.9,
+    image_dir: ImageDirOption = None,
+    split_column: SplitColumnOption = None,
+    on_bad_rows: BadRowsOption = BadRows.error,
+    max_image_pixels: PixelsOption = MAX_PIXELS,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Keep each run's folder, with its report.")
+    ] = False,
+) -> None:
+    """Compare systems on data sets, with the same towers and training for all: tables, tests and curves on one page.
+
+    Finished runs are not repeated: the same command goes on where it stopped.
+
+    Example: `cmaclip compare --data openclipart --output runs/compared --quick`
+
+    Example: `cmaclip compare --data openclipart --systems cma-clip,clip,mmbt --seeds 0,1 --output runs/three`
+    """
+    from cmaclip_fast import comparison as c
+    from cmaclip_fast.comparison_page import write_page
+    from cmaclip_fast.data.noise import parse_noise
+
+    names = tuple(name.strip() for name in systems.split(",")) if systems else c.SYSTEMS
+    model_options, training_options = _options(option or [], names)
+    if quick:
+        model_options = {**(c.QUICK_MODEL if model == "tiny" else {}), **model_options}
+        training_options = {**c.QUICK_TRAINING, **training_options}
+    training_options |= {} if epochs is None else {"epochs": epochs}
+    towers = {"text_tower": text_tower, "image_tower": image_tower}
+    model_options |= {name: value for name, value in towers.items() if value is not None}
+    limits = c.QUICK_ROWS if quick else {}
+    comparison = c.Comparison(
+        {
+            Path(source).name: _read(source, image, text, task, None, image_dir, max_image_pixels, split_column)
+            for source in data
+        },
+        output,
+        names,
+        _numbers(seeds),
+        model,
+        pretrained,
+        model_options,
+        training_options,
+        c.QUICK_KINDS if quick else c.Comparison.kinds,
+        None if training_noise is None else parse_noise(training_noise),
+        {**limits, **({} if rows is None else {"train": rows})} or None,
+        precision,
+        on_bad_rows.value,
+        keep_models,
+    )
+    if len(comparison.tables) < len(data):
+        raise InputError("--data: two have the same name: rename one")
+    try:
+        records = c.compare(comparison, err)
+    except KeyboardInterrupt:
+        err.print("interrupted: finished runs are kept; go on with the same command")
+        raise typer.Exit(130) from None
+    page = write_page(records, output, " ".join(["cmaclip", *map(shlex.quote, sys.argv[1:])]), precision)
+    out.print(page.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
+    out.print(f"page: {page}", soft_wrap=True, highlight=False)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = (-1,)
+    if min(numbers) < 0:
+        raise InputError(f"--seeds {text}: give whole numbers from 0 up, with commas, such as 0,1,2")
+    return numbers
 
 
 @data_app.command("list")
@@ -520,15 +633,16 @@ def _check_output_file(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path}: exists already: name another file, or pass --overwrite to replace it")
 
 
-def _options(pairs: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`NAME=VALUE` strings, sorted into model and training options."""
+def _options(pairs: list[str], systems: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`NAME=VALUE` strings, sorted into the options of any of the systems and of training."""
     from cmaclip_fast.fitting import TrainingConfig
-    from cmaclip_fast.model import ModelConfig
+    from cmaclip_fast.systems import find_system
 
+    fields = {name for system in systems for name in find_system(system)[0].Config.model_fields}
     model: dict[str, Any] = {}
     training: dict[str, Any] = {}
     own = {"name", "seed", "workers", "mixed_precision", "sequence_attention", "modality_attention", "vectors"}
-    known = {*ModelConfig.model_fields, *TrainingConfig.model_fields} - own
+    known = {*fields, *TrainingConfig.model_fields} - own - {"text_tower", "image_tower"}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or name not in known:
@@ -537,7 +651,7 @@ def _options(pairs: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             parsed = json.loads(value)
         except json.JSONDecodeError:
             parsed = value
-        (model if name in ModelConfig.model_fields else training)[name] = parsed
+        (model if name in fields else training)[name] = parsed
     return model, training
 
 
@@ -556,7 +670,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _load(directory: Path, device: str) -> tuple[CMACLIP, ArtifactConfig]:
+def _load(directory: Path, device: str) -> tuple[System, ArtifactConfig]:
     from cmaclip_fast.artifact import load_config, load_model
 
     return load_model(directory, _device(device)), load_config(directory)
@@ -637,7 +751,7 @@ class Source:
 
 
 def _examples(
-    model: CMACLIP, table: Table, unknown: Literal["error", "ignore"], tasks: list[str] | None = None
+    model: System, table: Table, unknown: Literal["error", "ignore"], tasks: list[str] | None = None
 ) -> Examples:
     from cmaclip_fast.data.examples import Examples
     from cmaclip_fast.data.files import near

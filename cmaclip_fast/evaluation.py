@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmaclip_fast.data.examples import Examples, make_loader
 from cmaclip_fast.metrics import TaskMetrics, task_metrics
-from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.systems.base import System
 from cmaclip_fast.taxonomy import task_probabilities
 from cmaclip_fast.types import Batch, Output
 
@@ -64,7 +64,7 @@ class Classified:
 
 
 def classify(
-    model: CMACLIP,
+    model: System,
     examples: Examples,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
@@ -99,7 +99,7 @@ def classify(
 
 @torch.inference_mode()
 def run(
-    model: CMACLIP,
+    model: System,
     examples: Examples,
     batch_size: int,
     device: torch.device | str,

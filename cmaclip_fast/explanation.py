@@ -9,18 +9,18 @@ from torch import Tensor
 from cmaclip_fast.data.examples import Examples
 from cmaclip_fast.data.table import Table
 from cmaclip_fast.evaluation import run
-from cmaclip_fast.model import CMACLIP
 from cmaclip_fast.prediction import Prediction, read_output
 from cmaclip_fast.report import ExampleView
 from cmaclip_fast.report import Prediction as PredictionView
+from cmaclip_fast.systems.base import System
 from cmaclip_fast.types import AttentionMaps, Batch
 
 
-def explain(model: CMACLIP, table: Table) -> list[ExampleView]:
+def explain(model: System, table: Table) -> list[ExampleView]:
     """Predictions, modality weights and attention maps of the rows of a table.
 
-    The maps are the last sequence-wise layer's, averaged over heads; a model without sequence-wise attention, or
-    whose image tokens are no grid of patches, has none.
+    The maps are the last layer's that reads text and image together, averaged over heads; a system without such a
+    layer, or whose image tokens are no grid of patches, has none.
     """
     examples = Examples(table, _known_tasks(model, table), model.preprocessing, model.tokenizer, unknown="ignore")
     device = next(model.parameters()).device
@@ -31,12 +31,12 @@ def explain(model: CMACLIP, table: Table) -> list[ExampleView]:
     return views
 
 
-def _known_tasks(model: CMACLIP, table: Table) -> dict[str, list[str]]:
+def _known_tasks(model: System, table: Table) -> dict[str, list[str]]:
     return {task: names for task, names in model.tasks.items() if task in table.columns.tasks}
 
 
 def _view(
-    model: CMACLIP,
+    model: System,
     table: Table,
     row: int,
     batch: Batch,
@@ -81,7 +81,7 @@ def _view(
     return view
 
 
-def _seen(model: CMACLIP, table: Table, row: int) -> Image.Image | None:
+def _seen(model: System, table: Table, row: int) -> Image.Image | None:
     """The picture as the image tower sees it, which is what the patches cover."""
     picture = table.image(row, model.preprocessing.background)
     if picture is None:

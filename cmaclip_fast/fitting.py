@@ -38,7 +38,7 @@ from cmaclip_fast.evaluation import classify
 from cmaclip_fast.files import write_tensors
 from cmaclip_fast.losses import contrastive_loss, multitask_loss
 from cmaclip_fast.metrics import task_metrics
-from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.systems.base import System
 from cmaclip_fast.tiny import STRIDE
 from cmaclip_fast.types import IMAGE, TEXT, Batch
 
@@ -64,6 +64,7 @@ class TrainingConfig(BaseModel):
         auxiliary_weight: of the loss of the model's auxiliary heads.
         small_epochs: share of the epochs, the first ones and never all, that see pictures of two thirds the side, at
             half the cost; only for `tiny`.
+        pretrained_learning_rate: peak, for a text tower that was read from a folder.
         contrastive_epochs: passes over the training pairs with CLIP's own loss before the tasks.
         ema_decay: of the running average of the weights, which is what is evaluated and kept; 0 for none.
         patience: epochs without a better validation score before training stops; 0 for never. The score counts from
@@ -80,6 +81,7 @@ class TrainingConfig(BaseModel):
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     tower_learning_rate: float = Field(1e-5, ge=0)
+    pretrained_learning_rate: float = Field(5e-5, ge=0)
     weight_decay: float = Field(0.05, ge=0)
     warmup: float = Field(0.1, ge=0, lt=1)
     clip_norm: float = Field(1.0, gt=0)
@@ -129,7 +131,7 @@ TINY_TRAINING = TrainingConfig(
 class Objective(nn.Module):
     """A model and its loss as one module, so that a distributed wrapper sees all that has gradients."""
 
-    def __init__(self, model: CMACLIP, config: TrainingConfig) -> None:
+    def __init__(self, model: System, config: TrainingConfig) -> None:
         super().__init__()
         self.model = model
         self.config = config
@@ -148,10 +150,13 @@ class Objective(nn.Module):
             loss = contrastive_loss(image[complete], text[complete], self.model.logit_scale)
             return loss, loss.detach()
         mixed, text_rows = self._mismatch(batch)
-        output = self.model(self._hide(mixed))
+        hidden = self._hide(mixed)
+        output = self.model(hidden)
         loss = self._loss(output.logits, batch.labels)
         report = loss.detach()
-        if self.model.config.auxiliary_heads and self.config.auxiliary_weight:
+        for extra in self.model.extra_losses(hidden, output).values():
+            loss = loss + extra
+        if self.model.has_auxiliary_heads and self.config.auxiliary_weight:
             by_text, by_image = self.model.auxiliary_logits(output)
             of_text = {task: label[text_rows].where(mixed.present[:, TEXT], -1) for task, label in batch.labels.items()}
             of_image = {task: label.where(batch.present[:, IMAGE], -1) for task, label in batch.labels.items()}
@@ -164,7 +169,7 @@ class Objective(nn.Module):
     def _mismatch(self, batch: Batch) -> tuple[Batch, Tensor]:
         """Gives some rows the text of another row, under their own labels; `[B]`, whose text each row now has."""
         rows = torch.arange(len(batch), device=batch.present.device)
-        if not self.config.mismatch:
+        if not self.config.mismatch or not all(self.model.modalities):
             return batch, rows
         other = torch.randperm(len(batch), device=rows.device)
         has_text = batch.present[:, TEXT]
@@ -173,7 +178,12 @@ class Objective(nn.Module):
         return replace(batch, tokens=batch.tokens[rows], text_lengths=batch.text_lengths[rows]), rows
 
     def _hide(self, batch: Batch) -> Batch:
-        """Modality dropout: hides the text of some complete pairs and the picture of some others."""
+        """Modality dropout: hides the text of some complete pairs and the picture of some others.
+
+        A system of one modality keeps it.
+        """
+        if not all(self.model.modalities):
+            return batch
         draw = torch.rand(len(batch), device=batch.present.device)
         both = batch.present.all(1)
         present = batch.present.clone()
@@ -195,7 +205,7 @@ class Progression:
 
 
 def fit(
-    model: CMACLIP,
+    model: System,
     training: Examples,
     validation: Examples,
     config: TrainingConfig,
@@ -219,8 +229,9 @@ def fit(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     objective = Objective(model, config)
-    if config.small_epochs and model.config.name != "tiny":
-        raise InputError(f"small_epochs: '{model.config.name}' reads pictures of one size: leave it 0, or train 'tiny'")
+    if config.small_epochs and (model.config.name != "tiny" or model.config.image_tower is not None):
+        name = model.config.name if model.config.image_tower is None else model.config.image_tower.model
+        raise InputError(f"small_epochs: '{name}' reads pictures of one size: leave it 0, or train 'tiny'")
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98))
     loader = make_loader(
         training, config.batch_size, shuffle=True, seed=config.seed, workers=config.workers, drop_last=True
@@ -240,7 +251,7 @@ def fit(
     steps = math.ceil(len(loader) / config.accumulate)
     stages = config.contrastive_epochs + config.epochs
     schedule = _schedule(config, steps)
-    kept = model if average is None else cast(CMACLIP, average.module)
+    kept = model if average is None else cast(System, average.module)
     with _progress(console, accelerator.is_local_main_process) as bar:
         task = bar.add_task("training", total=stages * len(loader), completed=progress_state.epoch * len(loader))
         while progress_state.epoch < stages:
@@ -248,7 +259,8 @@ def fit(
             if config.patience and epoch - progress_state.best_epoch >= config.patience and progress_state.best_epoch:
                 log.info("stopped: no better validation score for %d epochs", config.patience)
                 break
-            contrastive = epoch < config.contrastive_epochs
+            warm_start = epoch < config.contrastive_epochs
+            contrastive = warm_start or not model.uses_labels
             started = time.perf_counter()
             # all randomness of an epoch follows from (seed, epoch), so a resumed run repeats it
             torch.manual_seed(config.seed * 1_000_003 + epoch)
@@ -290,7 +302,7 @@ def fit(
                 "waiting_for_data": waited / train_seconds,
             }
             progress_state.epoch += 1
-            if not contrastive:
+            if not warm_start:
                 record |= validate(kept, validation, config, accelerator.device, target_precision)
                 score = record["score"]
                 # weights that have only seen small pictures are not yet what they are for
@@ -307,7 +319,7 @@ def fit(
 
 
 def validate(
-    model: CMACLIP, examples: Examples, config: TrainingConfig, device: torch.device, target_precision: float
+    model: System, examples: Examples, config: TrainingConfig, device: torch.device, target_precision: float
 ) -> dict[str, float]:
     """Loss, score (the mean accuracy of the tasks) and each task's accuracy on the validation rows."""
     result = classify(model, examples, config.batch_size, device)
@@ -334,28 +346,35 @@ def describe_epoch(record: dict[str, float], stages: int) -> str:
     return "  ".join(parts)
 
 
-def parameter_groups(model: CMACLIP, config: TrainingConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: towers and new layers, with and without weight decay; `peak` is the rate after warm-up."""
+def parameter_groups(model: System, config: TrainingConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: towers, a text tower read from a folder, and new layers, each with and without weight decay.
+
+    `peak` is the rate after warm-up.
+    """
     towers = {name for name, _ in model.tower_parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    rates = {"new": config.learning_rate, "tower": config.tower_learning_rate, "read": config.pretrained_learning_rate}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.endswith(
                 ("positional_embedding", "class_embedding", "type_embedding", "cls_emb")
             )
-            groups.setdefault((name in towers, decays), []).append(parameter)
+            kind = "tower" if name in towers else "new"
+            if model.config.text_tower is not None and name.startswith("text_tower.text.transformer."):
+                kind = "read"
+            groups.setdefault((kind, decays), []).append(parameter)
     return [
         {
             "params": parameters,
-            "peak": config.tower_learning_rate if in_tower else config.learning_rate,
+            "peak": rates[kind],
             "lr": 0.0,
             "weight_decay": config.weight_decay if decays else 0.0,
         }
-        for (in_tower, decays), parameters in groups.items()
+        for (kind, decays), parameters in groups.items()
     ]
 
 
-def _side(model: CMACLIP, config: TrainingConfig, epoch: int) -> int | None:
+def _side(model: System, config: TrainingConfig, epoch: int) -> int | None:
     """Pixels a side of this epoch's training pictures; None is the model's own."""
     epochs = config.contrastive_epochs + config.epochs
     if epoch >= min(int(config.small_epochs * epochs), epochs - 1):

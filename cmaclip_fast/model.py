@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,15 +16,17 @@ from open_clip.model import CustomTextCLIP
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.tokenizer import OpenClipTokenizer, Tokenizer
+from cmaclip_fast.distinct import distinct_images, distinct_texts
 from cmaclip_fast.errors import InputError
+from cmaclip_fast.layers import Queries, Rows, linear
 from cmaclip_fast.modules import ModalityAttention, SequenceAttention, TaskHead
-from cmaclip_fast.ops import pack_tokens
+from cmaclip_fast.pretrained import HuggingFaceText, TimmImage, with_other_towers
+from cmaclip_fast.systems.base import System
 from cmaclip_fast.tiny import TinyCLIP
 from cmaclip_fast.towers import image_tower, text_tower
-from cmaclip_fast.types import TEXT, AttentionMaps, Batch, Output
+from cmaclip_fast.types import IMAGE, TEXT, AttentionMaps, Batch, Output
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,6 +41,9 @@ class ModelConfig(BaseModel):
         name: `tiny`, or an open_clip model name.
         image_size: pixels a side; None keeps the named model's.
         context_length: most tokens of a text; None keeps the named model's.
+        text_tower: a folder with a Hugging Face encoder that takes the place of the named model's text tower; once
+            built, what such a tower is built from again without that folder.
+        image_tower: a timm model's name, with weights if wanted, that takes the place of the image tower.
         width: D, the common width of the fused sequence.
         depth: layers of sequence-wise attention.
         heads: attention heads of each layer; divides `width`.
@@ -57,6 +63,8 @@ class ModelConfig(BaseModel):
     name: str = "ViT-B-32"
     image_size: int | None = Field(None, gt=0)
     context_length: int | None = Field(None, gt=2)
+    text_tower: str | HuggingFaceText | None = None
+    image_tower: str | TimmImage | None = None
     width: int = Field(512, gt=0)
     depth: int = Field(4, ge=1)
     heads: int = Field(8, gt=0)
@@ -90,7 +98,24 @@ TINY = ModelConfig(
 """Our small CLIP, for training from scratch on a CPU."""
 
 
-class CMACLIP(nn.Module):
+@dataclass
+class _Tokens:
+    """Tokens `values [T, D]` of a modality; row b of the batch has those from `starts[b]`, `counts[b]` of them."""
+
+    values: Tensor
+    starts: Tensor
+    counts: Tensor
+    longest: int
+
+    def global_tokens(self, first: bool) -> Tensor:
+        """`[B, D]`, the first or last token of each row; some other token where a row has none."""
+        if len(self.values) == 0:
+            return self.values.new_zeros(len(self.starts), self.values.shape[1])
+        index = self.starts if first else self.starts + self.counts - 1
+        return self.values.index_select(0, index.clamp(0, len(self.values) - 1))
+
+
+class CMACLIP(System):
     """The whole system: a `Batch` in, an `Output` out.
 
     Attributes:
@@ -98,8 +123,11 @@ class CMACLIP(nn.Module):
         tasks: for each task the names of its classes, in the order of its logits.
         preprocessing: how a picture becomes `images`.
         tokenizer: how a text becomes `tokens` and `text_lengths`.
-        taxonomies: the tasks that are levels of a tree; see `task_probabilities`.
     """
+
+    Config = ModelConfig
+    title = "CMA-CLIP"
+    config: ModelConfig
 
     def __init__(
         self,
@@ -127,7 +155,6 @@ class CMACLIP(nn.Module):
         self.tasks = {task: list(classes) for task, classes in tasks.items()}
         self.preprocessing = preprocessing
         self.tokenizer = tokenizer
-        self.taxonomies: tuple[Taxonomy, ...] = ()
 
         self.image_tower = image_tower(clip.visual)
         self.text_tower = text_tower(clip.text)
@@ -156,26 +183,30 @@ class CMACLIP(nn.Module):
             TaskHead(width, hidden, len(classes), self.config.head_dropout) for classes in self.tasks.values()
         )
 
-    def forward(self, batch: Batch, with_attention: bool = False) -> Output:
+    def forward(self, batch: Batch, with_attention: bool = False, capacity: int | None = None) -> Output:
         """Classifies a batch.
+
+        In training every text and image is encoded. In evaluation those that are absent are not, and what occurs
+        several times is encoded once.
 
         Args:
             batch: images `[B, 3, H, W]`, tokens `[B, L]`, text_lengths `[B]`, present `[B, 2]`.
             with_attention: also give the last sequence-wise layer's attention maps.
+            capacity: room for text tokens, at least as many as the batch has. With it all shapes are known beforehand
+                and the host never waits for the device, as a CUDA graph needs it; nothing is encoded only once.
 
         Returns:
             Logits `[B, C_task]` and modality weights `[B, 2]` of each task, and the embedding `[B, 2, D]`.
         """
-        image_tokens = self.image_tower(batch.images)
-        text_tokens, text_lengths = self.text_tower(batch.tokens, batch.text_lengths)
-        text, image = self.text_projection(text_tokens), self.image_projection(image_tokens)
-        position = torch.zeros_like(text_lengths) if self.text_tower.global_first else text_lengths - 1
-        rows = torch.arange(len(image), device=image.device)
-        towers = torch.stack([text[rows, position], image[:, 0]], dim=1)
+        once = not self.training and capacity is None and not torch.compiler.is_compiling()
+        text = self._text_tokens(batch, once, capacity)
+        image = self._image_tokens(batch, once)
+        towers = torch.stack([text.global_tokens(self.text_tower.global_first), image.global_tokens(True)], dim=1)
+        attention = None
         if self.config.sequence_attention:
-            embedding, attention = self._fuse(text, image, position, text_lengths, batch.present, with_attention)
+            embedding, attention = self._fuse(text, image, batch.present, capacity, with_attention)
         else:
-            embedding, attention = towers, None
+            embedding = towers
         embedding = self.norm(embedding) * batch.present[..., None]
         if not self.config.modality_attention:
             both = embedding.flatten(1)
@@ -186,25 +217,67 @@ class CMACLIP(nn.Module):
         modality_weights = {task: weights[:, k] for k, task in enumerate(self.tasks)}
         return Output(logits, modality_weights, embedding, towers, attention)
 
+    def _text_tokens(self, batch: Batch, once: bool, capacity: int | None) -> _Tokens:
+        tokens, lengths, texts = batch.tokens, batch.text_lengths, None
+        if once:
+            texts = distinct_texts(tokens, lengths, batch.present[:, TEXT])
+            if texts is not None:
+                if len(texts.rows) == 0:
+                    return self._no_tokens(batch)
+                tokens, lengths = tokens[texts.rows], lengths[texts.rows]
+        packed, rows = self.text_tower.packed(tokens, lengths, capacity)
+        starts, counts = rows.starts, rows.cu_seqlens.diff()
+        if texts is not None:
+            starts, counts = starts[texts.of_row], counts[texts.of_row]
+        values = linear(packed, self.text_projection.weight, self.text_projection.bias)
+        return _Tokens(values, starts, counts, rows.longest)
+
+    def _image_tokens(self, batch: Batch, once: bool) -> _Tokens:
+        images = distinct_images(batch.images, batch.present[:, IMAGE]) if once else None
+        if images is not None and len(images.rows) == 0:
+            return self._no_tokens(batch)
+        tokens = self.image_tower(batch.images if images is None else batch.images[images.rows])
+        length = tokens.shape[1]
+        of_row = torch.arange(len(batch), device=tokens.device) if images is None else images.of_row
+        values = linear(tokens.flatten(0, 1), self.image_projection.weight, self.image_projection.bias)
+        return _Tokens(values, of_row * length, torch.full_like(of_row, length), length)
+
+    def _no_tokens(self, batch: Batch) -> _Tokens:
+        none = torch.zeros_like(batch.text_lengths)
+        return _Tokens(self.norm.weight.new_zeros(0, self.config.width), none, none, 0)
+
     def _fuse(
-        self, text: Tensor, image: Tensor, position: Tensor, lengths: Tensor, present: Tensor, with_attention: bool
+        self, text: _Tokens, image: _Tokens, present: Tensor, capacity: int | None, with_attention: bool
     ) -> tuple[Tensor, AttentionMaps | None]:
-        """Sequence-wise attention over `text [B, L, D]` and `image [B, P, D]`: its two global tokens, `[B, 2, D]`.
+        """Sequence-wise attention over both: its two global tokens, `[B, 2, D]`.
 
         Where a modality is absent its place holds some other token, for the caller to hide.
         """
-        packed, cu_seqlens = pack_tokens(text, image, lengths, present, self.type_embedding)
-        counts = lengths * present[:, TEXT]
-        if len(packed) == 0:
-            nothing = [packed.new_zeros(0, 0) for _ in counts]
-            maps = AttentionMaps(nothing, counts.long()) if with_attention else None
-            return packed.new_zeros(len(present), 2, self.config.width), maps
-        longest = text.shape[1] + image.shape[1]
-        packed, weights = self.sequence_attention(packed, cu_seqlens, longest, with_attention)
-        starts = cu_seqlens[:-1]
-        index = torch.stack([starts + position * present[:, TEXT], starts + counts], dim=1)
-        embedding = packed[index.clamp(max=len(packed) - 1)]
-        return embedding, None if weights is None else AttentionMaps(weights, counts.long())
+        text_counts = text.counts * present[:, TEXT]
+        image_counts = image.counts * present[:, IMAGE]
+        rows = Rows.of(text_counts + image_counts, text.longest + image.longest)
+        # with a capacity, what is behind the last row belongs to none
+        total = int(rows.cu_seqlens[-1]) if capacity is None else capacity + len(present) * image.longest
+        if total == 0:
+            nothing = [text.values.new_zeros(0, 0) for _ in present]
+            maps = AttentionMaps(nothing, text_counts.long()) if with_attention else None
+            return text.values.new_zeros(len(present), 2, self.config.width), maps
+        place = torch.arange(total, device=present.device)
+        row = torch.searchsorted(rows.cu_seqlens[1:], place, right=True).clamp(max=len(present) - 1)
+        offset = place - rows.starts[row]
+        of_image = len(text.values) + image.starts[row] + offset - text_counts[row]
+        source = torch.where(offset < text_counts[row], text.starts[row] + offset, of_image)
+        both = torch.cat([text.values + self.type_embedding[TEXT], image.values + self.type_embedding[IMAGE]])
+        packed = both.index_select(0, source.clamp(max=len(both) - 1))
+
+        first = torch.zeros_like(text_counts)
+        position = first if self.text_tower.global_first else (text_counts - 1).clamp(min=0)
+        index = torch.stack([rows.starts + position, rows.starts + text_counts], dim=1).clamp(max=total - 1)
+        queries = Queries(index.flatten().long(), Rows.equal(len(present), 2, index.device))
+        embedding = self.sequence_attention(packed, rows, queries).view(len(present), 2, -1)
+        if not with_attention:
+            return embedding, None
+        return embedding, AttentionMaps(self.sequence_attention.last_weights(packed, rows), text_counts.long())
 
     def auxiliary_logits(self, output: Output) -> list[dict[str, Tensor]]:
         """What each tower says of each task alone, text first: `[B, C_task]`.
@@ -221,11 +294,8 @@ class CMACLIP(nn.Module):
 
     def contrastive_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The towers' own embeddings of images and texts, each `[B, E]` and of length 1, as CLIP compares them."""
-        image = self.image_tower.project(self.image_tower(batch.images)[:, 0])
-        tokens, lengths = self.text_tower(batch.tokens, batch.text_lengths)
-        rows = torch.arange(len(lengths), device=lengths.device)
-        position = torch.zeros_like(lengths) if self.text_tower.global_first else lengths - 1
-        text = self.text_tower.project(tokens[rows, position])
+        image = self.image_tower.project(self.image_tower.global_tokens(batch.images))
+        text = self.text_tower.project(self.text_tower.global_tokens(batch.tokens, batch.text_lengths))
         return nn.functional.normalize(image, dim=-1), nn.functional.normalize(text, dim=-1)
 
     def tower_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -248,17 +318,6 @@ class CMACLIP(nn.Module):
         from cmaclip_fast.prediction import predict_pairs
 
         return predict_pairs(self, images, texts, batch_size)
-
-    @classmethod
-    def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> CMACLIP:
-        """The model of a folder that `cmaclip train` wrote, ready for predictions.
-
-        Raises:
-            InputError: the folder is missing, incomplete, or not of this version's format.
-        """
-        from cmaclip_fast.artifact import load_model
-
-        return load_model(directory, device)
 
 
 def create_model(
@@ -304,6 +363,13 @@ def build_model(
     tokenizer: Tokenizer | None = None,
 ) -> CMACLIP:
     """As `create_model`, from a full `ModelConfig`."""
+    return CMACLIP(*build_clip(config, tasks, pretrained, tokenizer))
+
+
+def build_clip(
+    config: Any, tasks: Mapping[str, Sequence[str]], pretrained: str | Path | None, tokenizer: Tokenizer | None
+) -> tuple[Any, Mapping[str, Sequence[str]], CustomTextCLIP | CoCa | TinyCLIP, ImagePreprocessing, Tokenizer]:
+    """What every system is made of: its configuration, completed; tasks; towers; preprocessing and tokenizer."""
     if config.name == "tiny":
         if pretrained is not None:
             raise InputError("'tiny' has no pretrained weights: leave out --pretrained, or name an open_clip model")
@@ -311,7 +377,8 @@ def build_model(
         size, context = config.image_size or 96, tokenizer.context_length
         config = config.model_copy(update={"image_size": size, "context_length": context})
         try:
-            clip: CustomTextCLIP | CoCa | TinyCLIP = TinyCLIP(size, context, tokenizer.pieces(), tokenizer.eot)
+            pieces = tokenizer.pieces() if config.text_tower is None else [""]
+            clip: CustomTextCLIP | CoCa | TinyCLIP = TinyCLIP(size, context, pieces, tokenizer.eot)
         except ValueError as error:
             raise InputError(f"model options: {error}") from None
         # white becomes 0, which is also what convolutions pad with
@@ -323,10 +390,12 @@ def build_model(
         except ValueError as error:
             raise InputError(f"'{config.name}': {' '.join(str(error).split())}: choose another model") from None
         tokenizer = tokenizer or OpenClipTokenizer(config.name, context_length=config.context_length)
-    return CMACLIP(config, tasks, clip, preprocessing, tokenizer)
+    if config.text_tower is not None or config.image_tower is not None:
+        config, preprocessing, tokenizer = with_other_towers(config, clip, preprocessing, tokenizer)
+    return config, tasks, clip, preprocessing, tokenizer
 
 
-def _open_clip_model(config: ModelConfig, pretrained: str | Path | None) -> CustomTextCLIP | CoCa:
+def _open_clip_model(config: Any, pretrained: str | Path | None) -> CustomTextCLIP | CoCa:
     name = config.name
     if not name.startswith(("hf-hub:", "local-dir:")) and open_clip.get_model_config(name) is None:
         import difflib

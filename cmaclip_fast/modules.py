@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
+import itertools
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from cmaclip_fast.ops import modality_pool, packed_attention
+from cmaclip_fast.layers import Layer, Queries, Rows, run_layers
+from cmaclip_fast.ops import modality_pool
 
 
 class SequenceLayer(nn.Module):
@@ -24,27 +26,34 @@ class SequenceLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """`x [T, D]`, `cu_seqlens [B+1]` -> `[T, D]`."""
-        q, k, v = self._qkv(x)
-        attended, _ = packed_attention(
-            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=q.shape[-1] ** -0.5, causal=False
+    def layer(self) -> Layer:
+        """This layer, as it is run."""
+        expand, activation, inside, contract = cast(Any, self.mlp)
+        drops = self.training and self.dropout.p > 0
+        return Layer(
+            heads=self.heads,
+            norm_first=True,
+            norm_attention=self.norm_attention,
+            norm_mlp=self.norm_mlp,
+            qkv=(self.qkv.weight, self.qkv.bias),
+            out=self.out,
+            expand=expand,
+            activation=activation,
+            contract=contract,
+            after_attention=self.dropout if drops else None,
+            after_mlp=self.dropout if drops else None,
+            inside_mlp=inside if drops else None,
         )
-        x = x + self.dropout(self.out(attended.flatten(1)))
-        return x + self.dropout(self.mlp(self.norm_mlp(x)))
 
-    def attention_weights(self, x: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
+    def attention_weights(self, x: Tensor, rows: Rows) -> list[Tensor]:
         """The softmax of this layer, averaged over heads: one `[n, n]` a row (queries, keys)."""
-        q, k, _ = self._qkv(x)
-        rows = zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
+        q, k, _ = self.qkv(self.norm_attention(x)).view(len(x), 3, self.heads, -1).unbind(1)
         scale = q.shape[-1] ** -0.5
+        ends = rows.cu_seqlens.tolist()
         return [
             (torch.einsum("qhe,khe->hqk", q[start:end], k[start:end]) * scale).softmax(-1).mean(0)
-            for start, end in rows
+            for start, end in itertools.pairwise(ends)
         ]
-
-    def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.qkv(self.norm_attention(x)).view(len(x), 3, self.heads, -1).unbind(1)
 
 
 class SequenceAttention(nn.Module):
@@ -58,19 +67,18 @@ class SequenceAttention(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of heads {heads}")
+        self.checkpointing = False
         self.layers = nn.ModuleList(SequenceLayer(width, heads, mlp_ratio, dropout) for _ in range(depth))
 
-    def forward(
-        self, packed: Tensor, cu_seqlens: Tensor, max_seqlen: int, with_weights: bool = False
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        """`packed [T, D]` -> `[T, D]`, and the last layer's attention weights when asked for."""
-        weights = None
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            if with_weights and index == last:
-                weights = cast(SequenceLayer, layer).attention_weights(packed, cu_seqlens)
-            packed = layer(packed, cu_seqlens, max_seqlen)
-        return packed, weights
+    def forward(self, packed: Tensor, rows: Rows, queries: Queries | None = None) -> Tensor:
+        """`packed [T, D]` -> `[T, D]`, or `[Q, D]`: the last layer is computed for the queries alone."""
+        layers = [cast(SequenceLayer, layer).layer() for layer in self.layers]
+        return run_layers(layers, packed, rows, queries=queries, checkpointing=self.checkpointing)
+
+    def last_weights(self, packed: Tensor, rows: Rows) -> list[Tensor]:
+        """The last layer's attention, averaged over heads: one `[n, n]` a row (queries, keys)."""
+        *before, last = (cast(SequenceLayer, layer) for layer in self.layers)
+        return last.attention_weights(run_layers([layer.layer() for layer in before], packed, rows), rows)
 
 
 class ModalityAttention(nn.Module):

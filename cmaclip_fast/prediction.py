@@ -19,7 +19,7 @@ from cmaclip_fast.data.images import MAX_IMAGE_PIXELS, ImageProblem, read_image,
 from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import run
-from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.systems.base import System
 from cmaclip_fast.taxonomy import task_probabilities
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
 
@@ -64,7 +64,7 @@ def read_output(
 
 @torch.inference_mode()
 def predict_pairs(
-    model: CMACLIP,
+    model: System,
     images: Sequence[Image.Image | str | Path | None],
     texts: Sequence[str | None],
     batch_size: int = 64,
@@ -88,7 +88,7 @@ def predict_pairs(
     return predictions
 
 
-def _pairs_batch(model: CMACLIP, pairs: list[tuple[Any, str | None]], first: int) -> Batch:
+def _pairs_batch(model: System, pairs: list[tuple[Any, str | None]], first: int) -> Batch:
     pixels: list[Tensor] = []
     present: list[list[bool]] = []
     texts: list[str | None] = []
@@ -129,7 +129,7 @@ def output_schema(keys: pa.Schema, tasks: dict[str, list[str]]) -> pa.Schema:
 
 
 def predict_table(
-    model: CMACLIP,
+    model: System,
     examples: Examples,
     keys: list[dict[str, Any]],
     output: Path,

@@ -1,22 +1,25 @@
 """The two encoders: open_clip's CLIP models, made to give token sequences instead of one embedding each.
 
-Whatever the family, an image becomes `[B, 1 + P, W]` with its global token first, and a text becomes `[B, L, W]` with
-the number of tokens of each row and its global token last among them (CLIP's end-of-text token) or first (BERT's).
+Whatever the family, an image becomes `[B, 1 + P, W]` with its global token first, and the texts become packed tokens
+`[T, W]`, row after row without padding, the global token of each row last (CLIP's end-of-text token) or first (BERT's).
+A causal tower computes nothing after a text's end; one that reads its padding as text gives all its positions.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import TextTransformer, VisionTransformer
+from open_clip.transformer import TextTransformer, Transformer, VisionTransformer
 from torch import Tensor, nn
 
 from cmaclip_fast.errors import InputError
+from cmaclip_fast.layers import Layer, Queries, Rows, layer_of, run_layers
+from cmaclip_fast.ops import pack_tokens
 
 
 class ImageTower(Protocol):
@@ -32,6 +35,10 @@ class ImageTower(Protocol):
 
     def __call__(self, images: Tensor) -> Tensor:
         """`images [B, 3, H, W]` -> `[B, 1 + P, W]`, the global token first."""
+        ...
+
+    def global_tokens(self, images: Tensor) -> Tensor:
+        """The global tokens alone, `[B, W]`, at less cost where the family allows it."""
         ...
 
     def project(self, global_token: Tensor) -> Tensor:
@@ -54,6 +61,17 @@ class TextTower(Protocol):
         """`tokens [B, L]`, `lengths [B]` -> `[B, L', W]` and how many of the L' belong to each row, `[B]` int32."""
         ...
 
+    def packed(self, tokens: Tensor, lengths: Tensor, capacity: int | None = None) -> tuple[Tensor, Rows]:
+        """`tokens [B, L]`, `lengths [B]` (0: no tokens) -> `[T, W]` and where its rows begin.
+
+        With a `capacity`, T is that, at least the number of tokens, and the host does not wait for the device.
+        """
+        ...
+
+    def global_tokens(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """The global tokens alone, `[B, W]`, at less cost where the family allows it."""
+        ...
+
     def project(self, global_token: Tensor) -> Tensor:
         """`[B, W] -> [B, E]`, into the space where CLIP compares images with texts."""
         ...
@@ -69,14 +87,40 @@ class ViTImageTower(nn.Module):
         self.grid = visual.grid_size if visual.attn_pool is None else None
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.visual.transformer(self.visual._embeds(images))
+        x = run_dense(self.visual.transformer, self.visual._embeds(images))
         pooled, tokens = self.visual._pool(x)
         if self.visual.final_ln_after_pool and self.visual.attn_pool is None:
             tokens = self.visual.ln_post(tokens)
         return torch.cat([pooled[:, None], tokens], dim=1)
 
+    def global_tokens(self, images: Tensor) -> Tensor:
+        visual = self.visual
+        layers = layers_of(visual.transformer)
+        if layers is None or visual.attn_pool is not None or visual.pool_type != "tok":
+            return self(images)[:, 0]
+        x = visual._embeds(images)
+        rows = Rows.equal(len(x), x.shape[1], x.device)
+        first = Queries.one_per_row(rows.starts.long())
+        checkpointing = visual.transformer.grad_checkpointing
+        return visual.ln_post(run_layers(layers, x.flatten(0, 1), rows, queries=first, checkpointing=checkpointing))
+
     def project(self, global_token: Tensor) -> Tensor:
         return global_token if self.visual.proj is None else global_token @ self.visual.proj
+
+
+def layers_of(transformer: Transformer) -> list[Layer] | None:
+    """The layers of an open_clip transformer, or None where one is of a kind that `layer_of` does not know."""
+    layers = [layer_of(block) for block in transformer.resblocks]
+    return None if None in layers else cast(list[Layer], layers)
+
+
+def run_dense(transformer: Transformer, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """An open_clip transformer over `x [B, N, W]` without padding, by the fused operators where it can be."""
+    layers = layers_of(transformer) if mask is None and transformer.batch_first else None
+    if layers is None:
+        return transformer(x, attn_mask=mask)
+    rows = Rows.equal(len(x), x.shape[1], x.device)
+    return run_layers(layers, x.flatten(0, 1), rows, checkpointing=transformer.grad_checkpointing).view_as(x)
 
 
 class ResNetImageTower(nn.Module):
@@ -95,6 +139,9 @@ class ResNetImageTower(nn.Module):
         for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
             x = layer(x)
         return _attend_everywhere(visual.attnpool, x.flatten(2).transpose(1, 2))
+
+    def global_tokens(self, images: Tensor) -> Tensor:
+        return self.visual(images)
 
     def project(self, global_token: Tensor) -> Tensor:
         return global_token
@@ -145,15 +192,18 @@ class TimmImageTower(nn.Module):
         )
         return torch.cat([pooled[:, None], tokens], dim=1)
 
+    def global_tokens(self, images: Tensor) -> Tensor:
+        return self(images)[:, 0]
+
     def project(self, global_token: Tensor) -> Tensor:
         return self.visual.head(global_token)
 
 
 class ClipTextTower(nn.Module):
-    """An open_clip `TextTransformer`, up to its end-of-text token.
+    """An open_clip `TextTransformer`.
 
-    A causal tower computes nothing after the longest text of the batch. One that pools its last position (SigLIP)
-    reads its padding as text, so all its positions are tokens; CoCa's class token is put behind the text.
+    A causal tower is run on packed tokens. One that pools its last position (SigLIP, CLIPA) reads its padding as text,
+    so all its positions are tokens; CoCa's class token is put behind the text.
     """
 
     def __init__(self, text: TextTransformer) -> None:
@@ -165,25 +215,73 @@ class ClipTextTower(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         lengths = lengths.clamp(min=1)
-        if self.stops_at_end and not torch.compiler.is_compiling():
-            tokens = tokens[:, : int(lengths.max())]
-        size = tokens.shape[1]
-        x, mask = self.text._embeds(tokens)
-        if mask is not None and mask.ndim == 2:
-            mask = mask[:size, :size]
-        x = self.text.ln_final(self.text.transformer(x, attn_mask=mask))
-        if self.text.cls_emb is not None:
-            text, class_token = x[:, :-1], x[:, -1:]
-            x = torch.cat([text, torch.zeros_like(class_token)], dim=1)
-            index = lengths.long()[:, None, None].expand(-1, 1, x.shape[-1])
-            return x.scatter(1, index, class_token), lengths + 1
-        return x, torch.full_like(lengths, size) if self.text.pool_type == "last" else lengths
+        if not self.stops_at_end:
+            return self._dense(tokens, lengths)
+        longest = tokens.shape[1] if torch.compiler.is_compiling() else int(lengths.max())
+        packed, _ = self.packed(tokens[:, :longest], lengths)
+        kept = torch.arange(longest, device=tokens.device) < lengths[:, None]
+        dense = packed.new_zeros(len(tokens), longest, self.width).masked_scatter(kept[..., None], packed)
+        return dense, lengths
+
+    def packed(self, tokens: Tensor, lengths: Tensor, capacity: int | None = None) -> tuple[Tensor, Rows]:
+        if not self.stops_at_end:
+            dense, counts = self._dense(tokens, lengths)
+            return pack_dense(dense, counts.where(lengths > 0, 0), capacity)
+        return self._causal(tokens, lengths, capacity, only_global=False)
+
+    def global_tokens(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        lengths = lengths.clamp(min=1)
+        if not self.stops_at_end or self.global_first:
+            dense, counts = self(tokens, lengths)
+            return dense[torch.arange(len(dense), device=dense.device), counts.long() - 1]
+        return self._causal(tokens, lengths, None, only_global=True)[0]
 
     def project(self, global_token: Tensor) -> Tensor:
         projection = self.text.text_projection
         if projection is None:
             return global_token
         return projection(global_token) if isinstance(projection, nn.Linear) else global_token @ projection
+
+    def _causal(self, tokens: Tensor, lengths: Tensor, capacity: int | None, only_global: bool) -> tuple[Tensor, Rows]:
+        text = self.text
+        layers = layers_of(text.transformer)
+        if capacity is None and not torch.compiler.is_compiling():
+            tokens = tokens[:, : max(1, int(lengths.max()))]
+        x, mask = text._embeds(tokens)
+        if layers is None:
+            size = tokens.shape[1]
+            dense = text.ln_final(text.transformer(x, attn_mask=mask[:size, :size]))
+            packed, rows = pack_dense(dense, lengths, capacity)
+            last = (rows.starts + lengths - 1).long()
+            return (packed.index_select(0, last), rows) if only_global else (packed, rows)
+        packed, rows = pack_dense(x, lengths, capacity)
+        ends = Queries.one_per_row((rows.starts + lengths - 1).long()) if only_global else None
+        checkpointing = text.transformer.grad_checkpointing
+        return text.ln_final(run_layers(layers, packed, rows, True, ends, checkpointing)), rows
+
+    def _dense(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """All positions, `[B, L', W]`, for a tower that reads its padding."""
+        x, mask = self.text._embeds(tokens)
+        x = self.text.ln_final(run_dense(self.text.transformer, x, mask))
+        if self.text.cls_emb is not None:
+            text, class_token = x[:, :-1], x[:, -1:]
+            x = torch.cat([text, torch.zeros_like(class_token)], dim=1)
+            index = lengths.long()[:, None, None].expand(-1, 1, x.shape[-1])
+            return x.scatter(1, index, class_token), lengths + 1
+        return x, torch.full_like(lengths, tokens.shape[1]) if self.text.pool_type == "last" else lengths
+
+
+def pack_dense(dense: Tensor, counts: Tensor, capacity: int | None = None) -> tuple[Tensor, Rows]:
+    """The first `counts [B]` tokens of each row of `dense [B, L, W]`, packed: `[T, W]`."""
+    nothing = dense.new_empty(len(dense), 0, dense.shape[2])
+    present = torch.stack([counts > 0, torch.zeros_like(counts, dtype=torch.bool)], dim=1)
+    pack = pack_tokens if capacity is not None else _pack_tokens_uncompiled
+    packed, cu_seqlens = pack(dense, nothing, counts, present, capacity=capacity)
+    return packed, Rows(cu_seqlens, dense.shape[1])
+
+
+# how many tokens come out depends on values, so this stands between compiled graphs
+_pack_tokens_uncompiled = torch.compiler.disable(pack_tokens)
 
 
 class HuggingFaceTextTower(nn.Module):
@@ -201,6 +299,13 @@ class HuggingFaceTextTower(nn.Module):
         out = self.text.transformer(input_ids=tokens, attention_mask=mask)
         pooled = self.text.pooler(out, mask)
         return torch.cat([pooled[:, None], out.last_hidden_state], dim=1), lengths + 1
+
+    def packed(self, tokens: Tensor, lengths: Tensor, capacity: int | None = None) -> tuple[Tensor, Rows]:
+        dense, counts = self(tokens, lengths)
+        return pack_dense(dense, counts.where(lengths > 0, 0), capacity)
+
+    def global_tokens(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        return self(tokens, lengths)[0][:, 0]
 
     def project(self, global_token: Tensor) -> Tensor:
         return self.text.proj(global_token)

@@ -40,8 +40,9 @@ from cmaclip_fast.explanation import explain
 from cmaclip_fast.files import write_json
 from cmaclip_fast.fitting import TINY_TRAINING, Progression, TrainingConfig, fit
 from cmaclip_fast.metrics import TaskMetrics, micro_curve
-from cmaclip_fast.model import CMACLIP, ModelConfig, build_model, model_config
 from cmaclip_fast.report import ReportView, TaskView, render_report
+from cmaclip_fast.systems import build_system, find_system, system_config
+from cmaclip_fast.systems.base import System
 
 log = logging.getLogger("cmaclip_fast")
 
@@ -56,19 +57,23 @@ class TrainingRun:
     Attributes:
         table: all rows.
         output: the artefact folder to make.
+        system: a name of `systems.systems()`, or of `systems.VARIANTS`.
         model: `tiny` or an open_clip model name.
         pretrained: an open_clip tag or a checkpoint; None for random weights.
-        model_options: fields of `ModelConfig` that differ from the defaults.
+        model_options: fields of the system's `Config` that differ from the defaults.
         training_options: fields of `TrainingConfig` that differ from the defaults.
         split_column: where there is another than `split`.
         on_bad_rows: what a bad row leads to (see `check_rows`).
         target_precision: for thresholds and recall at a fixed precision.
         overwrite: replace an existing output folder.
         resume: go on from the checkpoint of a run towards `output` that did not end.
+        splits: the rows of `table` checked and split already, as `split_table` gives them; None does both.
+        report: write `report.html`.
     """
 
     table: Table
     output: Path
+    system: str = "cma-clip"
     model: str = "tiny"
     pretrained: str | None = None
     model_options: dict[str, Any] = field(default_factory=dict)
@@ -78,6 +83,8 @@ class TrainingRun:
     target_precision: float = 0.9
     overwrite: bool = False
     resume: bool = False
+    splits: dict[str, Table] | None = None
+    report: bool = True
 
     def config(self) -> TrainingConfig:
         """The training configuration, checked.
@@ -86,6 +93,8 @@ class TrainingRun:
             InputError: an unknown option or a value out of range.
         """
         base = TINY_TRAINING if self.model == "tiny" else TrainingConfig()
+        if self.model_options.get("image_tower") is not None:
+            base = base.model_copy(update={"small_epochs": 0.0})
         try:
             return TrainingConfig.model_validate({**base.model_dump(), **self.training_options})
         except ValueError as error:
@@ -115,7 +124,8 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
     """
     console = console or Console(stderr=True)
     config = run.config()
-    model_options = model_config(run.model, run.model_options)
+    system, chosen = find_system(run.system)
+    model_options = system_config(system, run.model, {**chosen, **run.model_options})
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise InputError("mixed precision fp16 needs a GPU: use no or bf16")
     if not run.table.columns.tasks:
@@ -124,14 +134,15 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
     if finished is not None:
         console.print(f"{run.output} is complete already: nothing to resume")
         return finished
+    precision = run.target_precision
     with whole_directory(run.output, CHECKPOINT) as work, _log_file(work / LOG, console):
         started = time.perf_counter()
         tables, counts = _prepare(run, config)
-        if config.contrastive_epochs and (run.table.columns.image is None or run.table.columns.text is None):
-            raise InputError("contrastive epochs need pictures and texts: name both columns, or leave the epochs out")
+        _check_modalities(run, system, config)
         classes = class_names(tables["train"], run.table.columns.tasks)
         torch.manual_seed(config.seed)
-        model = build_model(model_options, classes, run.pretrained, _tokenizer(model_options, tables["train"]))
+        tokenizer = _tokenizer(model_options, tables["train"])
+        model = build_system(system, model_options, classes, run.pretrained, tokenizer)
         model.taxonomies = run.table.columns.taxonomies
         _same_run(work / RUN, run, config, model, tables)
         examples = {
@@ -149,9 +160,12 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         parameters = sum(p.numel() for p in model.parameters())
         sizes = ", ".join(f"{split} {len(table)}" for split, table in tables.items())
         log.info("data %s: %s rows; model %s: %.1f M parameters", run.table.name, sizes, run.model, parameters / 1e6)
-        progression = fit(
-            model, examples["train"], examples["validation"], config, work / CHECKPOINT, console, run.target_precision
-        )
+        if model.uses_labels or run.pretrained is None:
+            progression = fit(
+                model, examples["train"], examples["validation"], config, work / CHECKPOINT, console, precision
+            )
+        else:
+            progression = Progression()  # pretrained towers that learn from no label are taken as they are
         for split, part in examples.items():
             if part.truncated:
                 counts[f"truncated_text ({split})"] = part.truncated
@@ -174,14 +188,25 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         )
         save_model(work, model, columns, absolute(run.table.name), config.model_dump(mode="json"))
         seconds = time.perf_counter() - started
-        render_report(
-            _report(run, model, examples["test"], answers, metrics, progression, parameters, seconds, config),
-            work / REPORT,
-        )
+        if run.report:
+            view = _report(run, model, examples["test"], answers, metrics, progression, parameters, seconds, config)
+            render_report(view, work / REPORT)
         (work / CHECKPOINT).unlink(missing_ok=True)
         (work / RUN).unlink(missing_ok=True)
         log.info("wrote %s", run.output)
     return Result(run.output, metrics, progression.seconds)
+
+
+def _check_modalities(run: TrainingRun, system: type[System], config: TrainingConfig) -> None:
+    """Whether the table has what the system is to learn from."""
+    has = (run.table.columns.text is not None, run.table.columns.image is not None)
+    if config.contrastive_epochs and not all(system.modalities):
+        raise InputError(f"contrastive epochs: '{run.system}' reads one modality alone: leave the epochs out")
+    if (config.contrastive_epochs or not system.uses_labels) and not all(has):
+        raise InputError("contrastive training needs pictures and texts: name both columns, or leave it out")
+    for reads, there, option in zip(system.modalities, has, ("--text", "--image"), strict=True):
+        if reads and not there and not all(system.modalities):
+            raise InputError(f"'{run.system}' reads nothing else: name a column with {option}")
 
 
 def _check_output(run: TrainingRun) -> Result | None:
@@ -209,6 +234,8 @@ def _check_output(run: TrainingRun) -> Result | None:
 
 def _prepare(run: TrainingRun, config: TrainingConfig) -> tuple[dict[str, Table], dict[str, int]]:
     """The checked rows, split; and how many rows were bad in what way."""
+    if run.splits is not None:
+        return run.splits, {}
     counts: Counter[str] = Counter()
     tables = {}
     # split before rows are dropped, so that the same split can be made again whatever is done with bad rows
@@ -221,20 +248,21 @@ def _prepare(run: TrainingRun, config: TrainingConfig) -> tuple[dict[str, Table]
     return tables, dict(counts)
 
 
-def _tokenizer(config: ModelConfig, table: Table) -> Tokenizer | None:
-    """For `tiny` a small vocabulary from the training texts; None leaves the named model its own."""
+def _tokenizer(config: Any, table: Table) -> Tokenizer | None:
+    """For `tiny` a small vocabulary from the training texts; None leaves the named model, or text tower, its own."""
     texts = [text for text in table.texts() if text is not None]
-    if config.name != "tiny" or not texts:
+    if config.name != "tiny" or config.text_tower is not None or not texts:
         return None
     return TrainedTokenizer.train(texts, vocab_size=8192, context_length=config.context_length or 32, min_frequency=1)
 
 
-def _same_run(path: Path, run: TrainingRun, config: TrainingConfig, model: CMACLIP, tables: dict[str, Table]) -> None:
+def _same_run(path: Path, run: TrainingRun, config: TrainingConfig, model: System, tables: dict[str, Table]) -> None:
     """Notes what is being trained; on resuming, refuses to go on with anything else."""
     now = {
         "data": run.table.name,
         "rows": {split: _fingerprint(table) for split, table in tables.items()},
         "columns": [run.table.columns.image, run.table.columns.text],
+        "system": model.system,
         "pretrained": run.pretrained,
         "target_precision": run.target_precision,
         "model": model.config.model_dump(mode="json"),
@@ -258,7 +286,7 @@ def _fingerprint(table: Table) -> int:
 
 
 def _measure(
-    model: CMACLIP,
+    model: System,
     examples: dict[str, Examples],
     config: TrainingConfig,
     target: float,
@@ -309,7 +337,7 @@ def mean_weights(answers: Classified) -> dict[str, dict[str, float]] | None:
 
 def _report(
     run: TrainingRun,
-    model: CMACLIP,
+    model: System,
     test: Examples,
     answers: Classified,
     metrics: dict[str, dict[str, dict[str, float]]],
@@ -322,7 +350,7 @@ def _report(
     right, wrong = gallery_rows(answers)
     names = {"both": "test", "text alone": "test, text alone", "image alone": "test, image alone"}
     return ReportView(
-        title=f"CMA-CLIP on {Path(run.table.name).name}",
+        title=f"{model.title} on {Path(run.table.name).name}",
         summary={
             "model": f"{run.model}, {parameters / 1e6:.1f} M parameters",
             "data": f"{run.table.name}, {len(run.table)} rows",
@@ -343,7 +371,7 @@ def _report(
     )
 
 
-def _task_view(model: CMACLIP, task: str, metrics: TaskMetrics, answers: Classified) -> TaskView:
+def _task_view(model: System, task: str, metrics: TaskMetrics, answers: Classified) -> TaskView:
     precision, recall = micro_curve(answers.probabilities[task], answers.labels[task])
     return TaskView(
         name=task,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +75,7 @@ class Output:
         embedding: `[B, 2, D]`, the aggregate text and image embeddings; 0 where absent.
         towers: `[B, 2, D]`, the global tokens of the towers before fusion; of no meaning where absent.
         attention: the sequence-wise attention maps, when asked for.
+        kept: what a system's own losses of training need again.
     """
 
     logits: dict[str, Tensor]
@@ -81,3 +83,4 @@ class Output:
     embedding: Tensor | None = None
     towers: Tensor | None = None
     attention: AttentionMaps | None = None
+    kept: Any = None

@@ -1,0 +1,318 @@
+"""Transformer layers over packed tokens, with the weights that they find in the modules of other libraries.
+
+A layer is read from its module at each call, so that a state dict, an optimizer or a distributed wrapper sees nothing
+else than the module. Gradients keep less than autograd would: the activation and the normalised tokens, which the next
+product needs for its weights' gradient, are computed again from what went into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from cmaclip_fast.ops import packed_attention
+
+
+@dataclass
+class Rows:
+    """Where the rows of packed tokens `[T, D]` begin and end.
+
+    Attributes:
+        cu_seqlens: `[B + 1]` int32, from 0; row b is `tokens[cu_seqlens[b]:cu_seqlens[b + 1]]`.
+        longest: at least the longest row's number of tokens.
+    """
+
+    cu_seqlens: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, counts: Tensor, longest: int) -> Rows:
+        """Rows of `counts [B]` tokens."""
+        return cls(F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)), longest)
+
+    @classmethod
+    def equal(cls, number: int, length: int, device: torch.device) -> Rows:
+        """`number` rows of `length` tokens each."""
+        return cls(torch.arange(number + 1, dtype=torch.int32, device=device) * length, length)
+
+    @property
+    def starts(self) -> Tensor:
+        """`[B]`, the first token of each row."""
+        return self.cu_seqlens[:-1]
+
+
+@dataclass
+class Queries:
+    """The tokens that a layer is computed for, where not all go on.
+
+    Attributes:
+        index: `[Q]` int64, their places among the packed tokens, row by row.
+        rows: which of them are of which row; attention lets each see its whole row.
+    """
+
+    index: Tensor
+    rows: Rows
+
+    @classmethod
+    def one_per_row(cls, index: Tensor) -> Queries:
+        """One token of each row: `index [B]`."""
+        return cls(index, Rows.equal(len(index), 1, index.device))
+
+
+@dataclass
+class Layer:
+    """One transformer layer, as what it is made of.
+
+    Attributes:
+        heads: attention heads.
+        norm_first: whether a norm stands before attention and MLP (pre-norm) or after their sums (post-norm).
+        norm_attention, norm_mlp: the two norms.
+        qkv: weight `[3 * D, D]` and bias `[3 * D]` or None of the fused projection.
+        out: projection of the attended tokens.
+        expand, activation, contract: the MLP.
+        after_attention, after_mlp: what happens to each branch before it is added: dropout, layer scale.
+        inside_mlp: dropout between activation and second product, or None.
+    """
+
+    heads: int
+    norm_first: bool
+    norm_attention: nn.Module
+    norm_mlp: nn.Module
+    qkv: tuple[Tensor, Tensor | None]
+    out: nn.Linear
+    expand: nn.Linear
+    activation: Callable[[Tensor], Tensor]
+    contract: nn.Linear
+    after_attention: Callable[[Tensor], Tensor] | None = None
+    after_mlp: Callable[[Tensor], Tensor] | None = None
+    inside_mlp: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, x: Tensor, rows: Rows, causal: bool = False, queries: Queries | None = None) -> Tensor:
+        """`x [T, D]` -> `[T, D]`, or `[Q, D]`, the same for the queries alone.
+
+        A causal layer takes one query a row, the row's last token.
+        """
+        if self.norm_first:
+            x = self._attend(x, rows, causal, queries, self.norm_attention)
+            return _add(x, self._mlp(x, self.norm_mlp), self.after_mlp)
+        x = self.norm_attention(self._attend(x, rows, causal, queries, None))
+        return self.norm_mlp(_add(x, self._mlp(x, None), self.after_mlp))
+
+    def _attend(self, x: Tensor, rows: Rows, causal: bool, queries: Queries | None, norm: nn.Module | None) -> Tensor:
+        """`x` plus what attention makes of it."""
+        weight, bias = self.qkv
+        if queries is None:
+            of_queries, heads = rows, (3, self.heads, -1)
+            q, k, v = recomputing_linear(norm, x, weight, bias).view(len(x), *heads).unbind(1)
+        else:
+            of_queries, width = queries.rows, x.shape[1]
+            biases = (None, None) if bias is None else (bias[:width], bias[width:])
+            tokens = x if norm is None else norm(x)
+            k, v = linear(tokens, weight[width:], biases[1]).view(len(x), 2, self.heads, -1).unbind(1)
+            q = linear(tokens[queries.index], weight[:width], biases[0]).unflatten(1, (self.heads, -1))
+            x = x[queries.index]
+        attended, _ = packed_attention(
+            *(q, k, v, of_queries.cu_seqlens, rows.cu_seqlens, of_queries.longest, rows.longest), causal=causal
+        )
+        return _add(x, linear(attended.flatten(1), self.out.weight, self.out.bias), self.after_attention)
+
+    def _mlp(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        hidden = recomputing_linear(norm, x, self.expand.weight, self.expand.bias)
+        if self.inside_mlp is not None:
+            return self.contract(self.inside_mlp(self.activation(hidden)))
+        return recomputing_linear(self.activation, hidden, self.contract.weight, self.contract.bias)
+
+
+def _add(x: Tensor, branch: Tensor, after: Callable[[Tensor], Tensor] | None) -> Tensor:
+    if after is not None:
+        branch = after(branch)
+    # in place where nothing else needs the branch
+    return x + branch if torch.is_grad_enabled() or branch.dtype != x.dtype else branch.add_(x)
+
+
+def layer_of(block: nn.Module) -> Layer | None:
+    """The layer that a module of open_clip or PyTorch is, or None where `packed_attention` does not compute it.
+
+    That is a module of another kind, attention with more than one fused projection, or with dropout in training.
+    """
+    if not is_standard(block):
+        return None
+    attention = cast(nn.MultiheadAttention, block.attn if hasattr(block, "attn") else block.self_attn)
+    if attention.training and attention.dropout:
+        return None
+    return _of_open_clip(block) if isinstance(block, ResidualAttentionBlock) else _of_torch(block)
+
+
+def is_standard(block: nn.Module) -> bool:
+    """Whether a module is a block of open_clip or PyTorch with softmax attention over one fused projection."""
+    attention: Any
+    if type(block) is ResidualAttentionBlock and not hasattr(block, "ln_1_kv"):
+        attention = block.attn
+    elif type(block) is nn.TransformerEncoderLayer:
+        attention = block.self_attn
+    else:
+        return False
+    return attention.in_proj_weight is not None and attention.bias_k is None and not attention.add_zero_attn
+
+
+def _of_open_clip(block: ResidualAttentionBlock) -> Layer:
+    attention, mlp = block.attn, cast(Any, block.mlp)
+    return Layer(
+        heads=attention.num_heads,
+        norm_first=True,
+        norm_attention=block.ln_1,
+        norm_mlp=block.ln_2,
+        qkv=(attention.in_proj_weight, attention.in_proj_bias),
+        out=attention.out_proj,
+        expand=mlp.c_fc,
+        activation=mlp.gelu,
+        contract=mlp.c_proj,
+        after_attention=None if isinstance(block.ls_1, nn.Identity) else block.ls_1,
+        after_mlp=None if isinstance(block.ls_2, nn.Identity) else block.ls_2,
+    )
+
+
+def _of_torch(block: Any) -> Layer:
+    attention, training = block.self_attn, block.training
+    return Layer(
+        heads=attention.num_heads,
+        norm_first=block.norm_first,
+        norm_attention=block.norm1,
+        norm_mlp=block.norm2,
+        qkv=(attention.in_proj_weight, attention.in_proj_bias),
+        out=attention.out_proj,
+        expand=block.linear1,
+        activation=block.activation,
+        contract=block.linear2,
+        after_attention=block.dropout1 if training and block.dropout1.p else None,
+        after_mlp=block.dropout2 if training and block.dropout2.p else None,
+        inside_mlp=block.dropout if training and block.dropout.p else None,
+    )
+
+
+def run_layers(
+    layers: Iterable[Layer],
+    x: Tensor,
+    rows: Rows,
+    causal: bool = False,
+    queries: Queries | None = None,
+    checkpointing: bool = False,
+) -> Tensor:
+    """`x [T, D]` through all layers -> `[T, D]`, or `[Q, D]`: the last layer is computed for the queries alone.
+
+    Args:
+        checkpointing: keep only what goes into each layer for the backward pass.
+    """
+    layers = list(layers)
+    for index, layer in enumerate(layers):
+        wanted = queries if index == len(layers) - 1 else None
+        if checkpointing and torch.is_grad_enabled():
+            x = checkpoint(layer, x, rows, causal, wanted, use_reentrant=False)
+        else:
+            x = layer(x, rows, causal, wanted)
+    return x
+
+
+# Weights laid out for the matrix library, with the version of the weight that each was made from.
+_LAID_OUT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# For fewer, MKL has plain products that round less than those from a layout.
+_FEWEST_ROWS = 16
+
+
+def lay_out(weights: Iterable[Tensor], tokens: int = 1024) -> int:
+    """Lays weights out once as the CPU's matrix library wants them, for products without gradients.
+
+    A weight that is changed afterwards is used as it is.
+
+    Args:
+        weights: `[N, D]` float32 on the CPU; others are passed over.
+        tokens: about how many rows the products will have.
+
+    Returns:
+        Bytes that the copies take; 0 where PyTorch has no such library.
+    """
+    taken = 0
+    if not torch.backends.mkl.is_available():
+        return taken
+    for weight in weights:
+        on_cpu = weight.device.type == "cpu" and not weight.is_inference()
+        if on_cpu and weight.ndim == 2 and weight.dtype == torch.float32:
+            with torch.inference_mode(False), torch.no_grad():
+                copy = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), tokens)
+            _LAID_OUT[weight] = (weight._version, weight.data_ptr(), copy)
+            taken += weight.nbytes
+    return taken
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, by a weight that was laid out where there is one."""
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows >= _FEWEST_ROWS and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        found = _LAID_OUT.get(weight) if x.dtype == torch.float32 else None
+        if found is not None and not torch.is_autocast_enabled(x.device.type):
+            version, address, copy = found
+            if version == weight._version and address == weight.data_ptr():
+                # MKL takes a layout for any number of rows; PyTorch uses it only if it is told this very number
+                return torch.ops.mkl._mkl_linear(x, copy, weight, bias, rows)
+    return F.linear(x, weight, bias)
+
+
+def recomputing_linear(
+    function: Callable[[Tensor], Tensor] | None, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`linear(function(x), weight, bias)`, whose backward pass computes `function(x)` again instead of keeping it."""
+    if function is None:
+        return linear(x, weight, bias)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return linear(function(x), weight, bias)
+    parameters = tuple(function.parameters()) if isinstance(function, nn.Module) else ()
+    return cast(Tensor, _RecomputingLinear.apply(function, x, weight, bias, *parameters))
+
+
+class _RecomputingLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        function: Callable[[Tensor], Tensor],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        device = x.device.type
+        ctx.function, ctx.biased = function, bias is not None
+        ctx.autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+        ctx.save_for_backward(x, weight, *parameters)
+        return F.linear(function(x), weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *parameters = ctx.saved_tensors
+        _, need_x, need_weight, need_bias, *need_parameters = ctx.needs_input_grad
+        leaf = x.detach().requires_grad_(need_x)
+        again = torch.autocast(*ctx.autocast) if ctx.autocast else nullcontext()
+        with torch.enable_grad(), again:
+            inner = ctx.function(leaf)
+        grad_weight = grad_bias = None
+        if need_weight:
+            grad_weight = (grad.t() @ inner.detach().to(grad.dtype)).to(weight.dtype)
+        if ctx.biased and need_bias:
+            grad_bias = grad.sum(0)
+        wanted = [leaf] * need_x + [p for p, need in zip(parameters, need_parameters, strict=True) if need]
+        found: list[Tensor | None] = []
+        if wanted:
+            grad_inner = (grad @ weight.to(grad.dtype)).to(inner.dtype)
+            found = list(torch.autograd.grad(inner, wanted, grad_inner))
+        grad_x = found.pop(0) if need_x else None
+        of_parameters = [found.pop(0) if need else None for need in need_parameters]
+        return None, grad_x, grad_weight, grad_bias, *of_parameters

@@ -1,0 +1,248 @@
+"""What all systems share: the interface that training and evaluation rely on, and two towers under it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from cmaclip_fast.data.named import Taxonomy
+from cmaclip_fast.data.preprocess import ImagePreprocessing
+from cmaclip_fast.data.tokenizer import Tokenizer
+from cmaclip_fast.errors import InputError
+from cmaclip_fast.modules import TaskHead
+from cmaclip_fast.pretrained import HuggingFaceText, TimmImage
+from cmaclip_fast.towers import image_tower, text_tower
+from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from cmaclip_fast.prediction import Prediction
+
+Loaded = TypeVar("Loaded", bound="System")
+
+
+class System(nn.Module):
+    """A `Batch` in, an `Output` out. A new system says what it is in one file, under `@register("its-name")`.
+
+    Attributes:
+        Config: the class of its configuration.
+        system: the name it is registered under.
+        title: its name in reports.
+        modalities: whether it reads the text, and the image.
+        uses_labels: False for a system that learns from pairs alone, by CLIP's contrastive loss.
+        config, tasks, preprocessing, tokenizer: as in `CMACLIP`.
+        image_tower, text_tower: see `towers.py`; a system that does not read a modality has no tower for it.
+        logit_scale: CLIP's temperature.
+        taxonomies: the tasks that are levels of a tree; see `task_probabilities`.
+    """
+
+    Config: ClassVar[type[BaseModel]]
+    system: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    modalities: ClassVar[tuple[bool, bool]] = (True, True)
+    uses_labels: ClassVar[bool] = True
+
+    config: Any
+    tasks: dict[str, list[str]]
+    preprocessing: ImagePreprocessing
+    tokenizer: Tokenizer
+    image_tower: Any
+    text_tower: Any
+    logit_scale: nn.Parameter
+    taxonomies: tuple[Taxonomy, ...] = ()
+
+    def forward(self, batch: Batch, with_attention: bool = False) -> Output:
+        """Classifies a batch; what is absent in it has no influence."""
+        raise NotImplementedError
+
+    def extra_losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
+        """Losses of training beside the tasks' own, each a scalar, weighted already; called after `forward`."""
+        return {}
+
+    @property
+    def has_auxiliary_heads(self) -> bool:
+        """Whether `auxiliary_logits` can be asked for."""
+        return bool(getattr(self.config, "auxiliary_heads", False))
+
+    def auxiliary_logits(self, output: Output) -> list[dict[str, Tensor]]:
+        """What each tower says of each task alone, text first: `[B, C_task]`."""
+        raise NotImplementedError
+
+    def contrastive_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The towers' own embeddings of images and texts, each `[B, E]` and of length 1, as CLIP compares them."""
+        image = self.image_tower.project(self.image_tower(batch.images)[:, 0])
+        tokens, lengths = self.text_tower(batch.tokens, batch.text_lengths)
+        text = self.text_tower.project(tokens[torch.arange(len(tokens)), self.text_position(lengths)])
+        return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+
+    def text_position(self, lengths: Tensor) -> Tensor:
+        """`[B]`, where the global token of each text of the text tower is."""
+        return torch.zeros_like(lengths) if self.text_tower.global_first else lengths - 1
+
+    def tower_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The named parameters of the two towers, which train at their own rate."""
+        for prefix in ("image_tower", "text_tower"):
+            for name, parameter in getattr(self, prefix, nn.Identity()).named_parameters():
+                yield f"{prefix}.{name}", parameter
+
+    def predict(
+        self, images: Sequence[Image | str | Path | None], texts: Sequence[str | None], batch_size: int = 64
+    ) -> list[dict[str, Prediction]]:
+        """Labels pairs, each a picture (or its path) and a text; either may be None. See `CMACLIP.predict`."""
+        from cmaclip_fast.prediction import predict_pairs
+
+        return predict_pairs(self, images, texts, batch_size)
+
+    @classmethod
+    def load(cls: type[Loaded], directory: str | Path, device: str | torch.device = "cpu") -> Loaded:
+        """The model of a folder that `cmaclip train` wrote, ready for predictions; `System.load` takes any.
+
+        Raises:
+            InputError: the folder is missing, incomplete, not of this version's format, or holds another system.
+        """
+        from cmaclip_fast.artifact import load_model
+
+        model = load_model(directory, device)
+        if not isinstance(model, cls):
+            raise InputError(f"{directory}: holds a '{model.system}', not a '{cls.system}': use System.load")
+        return model
+
+
+class SystemConfig(BaseModel):
+    """What every system on two towers is built from; the fields that it adds are its own.
+
+    Attributes:
+        name, image_size, context_length, text_tower, image_tower: the towers, as in `ModelConfig`.
+        width: D, into which the tokens of both towers are projected.
+        head_hidden: hidden width of each task's MLP; None is `width`.
+        head_dropout: inside each task's MLP.
+        auxiliary_heads: each tower also classifies alone, in training (see `ModelConfig`).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = "ViT-B-32"
+    image_size: int | None = Field(None, gt=0)
+    context_length: int | None = Field(None, gt=2)
+    text_tower: str | HuggingFaceText | None = None
+    image_tower: str | TimmImage | None = None
+    width: int = Field(512, gt=0)
+    head_hidden: int | None = Field(None, gt=0)
+    head_dropout: float = Field(0.0, ge=0, lt=1)
+    auxiliary_heads: bool = False
+
+
+class FusionConfig(SystemConfig):
+    """Of a system that fuses by a transformer.
+
+    Attributes:
+        depth: its layers.
+        heads: attention heads of each; divides `width`.
+        mlp_ratio: hidden width of each layer's MLP, in widths.
+        dropout: in each layer.
+    """
+
+    depth: int = Field(4, ge=1)
+    heads: int = Field(8, gt=0)
+    mlp_ratio: float = Field(4.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> FusionConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+@dataclass
+class Encoded:
+    """What the towers say of a batch, projected into the system's width.
+
+    Attributes:
+        text: `[B, L, D]`; `text_lengths` `[B]` int32 says how many of each row are tokens.
+        image: `[B, 1 + P, D]`, the global token first.
+        globals: `[B, 2, D]`, the global tokens of text and image; of no meaning where absent.
+        text_position: `[B]`, where the text's global token is in `text`.
+    """
+
+    text: Tensor
+    text_lengths: Tensor
+    image: Tensor
+    globals: Tensor
+    text_position: Tensor
+
+
+class TwoTowers(System):
+    """A system on the towers of one CLIP, each projected into one width, with a head for each task."""
+
+    Config: ClassVar[type[BaseModel]] = SystemConfig
+    config: Any
+
+    def __init__(
+        self,
+        config: Any,
+        tasks: Mapping[str, Sequence[str]],
+        clip: Any,
+        preprocessing: ImagePreprocessing,
+        tokenizer: Tokenizer,
+    ) -> None:
+        """Use `create_system`, which finds `clip`, `preprocessing` and `tokenizer` for a name.
+
+        Raises:
+            InputError: no task, or a task with fewer than two classes.
+        """
+        super().__init__()
+        if not tasks:
+            raise InputError("a model needs at least one task: name a label column")
+        for task, classes in tasks.items():
+            if len(classes) < 2:
+                raise InputError(f"task '{task}' has {len(classes)} class(es): a task needs at least two")
+        self.config = config
+        self.tasks = {task: list(classes) for task, classes in tasks.items()}
+        self.preprocessing = preprocessing
+        self.tokenizer = tokenizer
+        if self.modalities[TEXT]:
+            self.text_tower = text_tower(clip.text)
+            self.text_projection = nn.Linear(self.text_tower.width, config.width)
+        if self.modalities[IMAGE]:
+            self.image_tower = image_tower(clip.visual)
+            self.image_projection = nn.Linear(self.image_tower.width, config.width)
+        if all(self.modalities):
+            self.logit_scale = clip.logit_scale
+            if config.auxiliary_heads:
+                self.auxiliary_heads = nn.ModuleList([self.make_heads(config.width) for _ in ("text", "image")])
+
+    @property
+    def has_auxiliary_heads(self) -> bool:
+        return all(self.modalities) and self.config.auxiliary_heads
+
+    def make_heads(self, width: int) -> nn.ModuleList:
+        """An MLP for each task, in their order, that reads `[B, width]`."""
+        hidden = self.config.head_hidden or self.config.width
+        return nn.ModuleList(TaskHead(width, hidden, len(c), self.config.head_dropout) for c in self.tasks.values())
+
+    def classify(self, heads: nn.ModuleList, features: Tensor) -> dict[str, Tensor]:
+        """`features [B, width]` -> for each task `[B, C_task]`."""
+        return {task: head(features) for task, head in zip(self.tasks, heads, strict=True)}
+
+    def encode(self, batch: Batch) -> Encoded:
+        """Runs both towers and projects their tokens."""
+        image = self.image_projection(self.image_tower(batch.images))
+        tokens, lengths = self.text_tower(batch.tokens, batch.text_lengths)
+        text, position = self.text_projection(tokens), self.text_position(lengths)
+        rows = torch.arange(len(text), device=text.device)
+        return Encoded(text, lengths, image, torch.stack([text[rows, position], image[:, 0]], dim=1), position)
+
+    def auxiliary_logits(self, output: Output) -> list[dict[str, Tensor]]:
+        if not self.has_auxiliary_heads or output.towers is None:
+            raise ValueError("the system was built without auxiliary_heads")
+        heads = zip(self.auxiliary_heads, (TEXT, IMAGE), strict=True)
+        return [self.classify(part, output.towers[:, modality]) for part, modality in heads]  # type: ignore[arg-type]
