@@ -2,7 +2,7 @@
 # make test     install, then check style and types and run all tests
 # make results  train three seeds and write docs/results.md
 # make mutants  put faults into the CUDA and Triton kernels, one at a time: each must make a test fail
-# make bench    time the operators on this machine's CPU against PyTorch
+# make bench    time the model and the operators on this machine's CPU against what people run today
 # make gpu      run the tests that need an NVIDIA GPU and time the operators, or say that nothing was run
 # make tables   compile all kernels, count in the emulator, and write the tables of docs/kernels.md
 # make lint | clean
@@ -13,6 +13,7 @@ SEEDS ?= 0
 RUNS ?= runs
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.installed-bench
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
 .PHONY: install demo results tables test mutants bench gpu lint clean
@@ -44,8 +45,14 @@ test: install lint
 mutants: install
 	$(BIN)/python tests/mutants/run.py
 
-bench: install
+bench: $(PEERS)
+	$(BIN)/cmaclip bench --output benchmarks/results --floors benchmarks/floors.json
 	$(BIN)/python benchmarks/operators.py --write benchmarks/results
+
+# the systems that ours is compared with; no test needs them
+$(PEERS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[bench]'
+	touch $@
 
 gpu: install
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
@@ -62,4 +69,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf build dist *.egg-info cmaclip_fast/*.so cmaclip_fast/_build.py .pytest_cache .mypy_cache .ruff_cache $(INSTALLED)
+	rm -rf build dist *.egg-info cmaclip_fast/*.so cmaclip_fast/_build.py .pytest_cache .mypy_cache .ruff_cache $(INSTALLED) $(PEERS)

@@ -29,6 +29,7 @@ import typer
 from torch import Tensor
 
 from cmaclip_fast import env
+from cmaclip_fast.bench.loops import cross_entropy_loop, keyless_loop
 from cmaclip_fast.ops import modality_pool, multitask_cross_entropy, pack_tokens, packed_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -193,11 +194,7 @@ def pool(target: Target) -> Iterator[Pair]:
             return modality_pool(e, w, p, backend=target.backend)[0]
 
         def theirs(e: Tensor = embeddings, w: Tensor = weight, p: Tensor = present) -> Tensor:
-            pooled = []
-            for vector in w:
-                share = (e * vector).sum(-1).masked_fill(~p, -torch.inf).softmax(-1)
-                pooled.append((share[..., None] * e).sum(1))
-            return torch.stack(pooled, 1)
+            return keyless_loop(e, w, p)
 
         yield from pairs(target, "modality_pool", f"{rows} rows, {tasks} tasks", [embeddings, weight], ours, theirs)
 
@@ -243,12 +240,7 @@ def loss(target: Target) -> Iterator[Pair]:
             return multitask_cross_entropy(x, y, ends, backend=target.backend)
 
         def theirs(x: Tensor = logits, y: Tensor = labels, ends: list[int] = bounds) -> Tensor:
-            return torch.stack(
-                [
-                    F.cross_entropy(x[:, a:b].float(), y[:, k], ignore_index=-1)
-                    for k, (a, b) in enumerate(itertools.pairwise(ends))
-                ]
-            )
+            return cross_entropy_loop(x, y, ends)
 
         name = f"{rows} rows, {len(classes)} tasks of {sum(classes) // len(classes)} classes"
         yield from pairs(target, "multitask_cross_entropy", name, [logits], ours, theirs)

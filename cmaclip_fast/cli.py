@@ -126,11 +126,11 @@ def train(
     image: ImageOption = None,
     text: TextOption = None,
     task: TaskOption = None,
-    taxonomy: TaxonomyOption = None,
-    separator: SeparatorOption = " > ",
     system: Annotated[
         str, typer.Option(help="`cma-clip`, or another of docs/systems.md, such as `mmbt`.")
     ] = "cma-clip",
+    taxonomy: TaxonomyOption = None,
+    separator: SeparatorOption = " > ",
     model: Annotated[str, typer.Option(help="`tiny`, or an open_clip model name such as ViT-B-32.")] = "tiny",
     pretrained: Annotated[str | None, typer.Option(help="An open_clip tag, or a checkpoint file.")] = None,
     text_tower: TextTowerOption = None,
@@ -460,6 +460,37 @@ def _numbers(text: str) -> tuple[int, ...]:
     if min(numbers) < 0:
         raise InputError(f"--seeds {text}: give whole numbers from 0 up, with commas, such as 0,1,2")
     return numbers
+
+
+@app.command()
+def bench(
+    output: Annotated[Path, typer.Option(help="Folder of page, numbers and picture.")] = Path("runs/bench"),
+    quick: Annotated[bool, typer.Option("--quick", help="Three minutes instead of half an hour.")] = False,
+    only: Annotated[
+        str, typer.Option(help="Only what has this in its name; after a `/`, only systems with that in theirs.")
+    ] = "",
+    device: DeviceOption = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="`float32`, `bfloat16` [on a GPU], `float16`.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU [PyTorch's choice].")] = None,
+    floors: Annotated[Path | None, typer.Option(help="File of floors: a ratio below its floor fails the run.")] = None,
+    record: Annotated[bool, typer.Option("--record", help="Set the floors by this run instead.")] = False,
+) -> None:
+    """Time the model against what people run today: the plain implementation, torch.compile, transformers, ONNX.
+
+    Example: `cmaclip bench --quick`
+
+    Example: `cmaclip bench --only 'ViT-B-32, inference at batch 32/o' --threads 2`
+    """
+    from cmaclip_fast.bench.results import BenchmarkError
+    from cmaclip_fast.bench.run import Options, benchmark
+
+    options = Options(output, quick, only, _device(device), dtype, threads, floors, record)
+    try:
+        benchmark(options, err)
+    except BenchmarkError as error:
+        err.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
+        raise typer.Exit(1) from None
+    out.print((output / "performance.md").read_text(encoding="utf-8"), soft_wrap=True, highlight=False)
 
 
 @data_app.command("list")

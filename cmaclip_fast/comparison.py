@@ -23,6 +23,7 @@ from cmaclip_fast.data.noise import Kind, Noise, NoisyTable, add_noise
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.split import split_table
 from cmaclip_fast.data.table import Table
+from cmaclip_fast.data.tokenizer import TrainedTokenizer
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import Classified, classify
 from cmaclip_fast.files import write_json
@@ -219,7 +220,10 @@ def _preprocessing(comparison: Comparison, table: Table) -> ImagePreprocessing:
     """What all systems read, since they have the same towers."""
     options = _known("vit", comparison.model_options)
     tasks = {task: ["any", "other"] for task in table.columns.tasks}
-    return create_system("vit", comparison.model, tasks, **options).preprocessing
+    own = comparison.model != "tiny" or options.get("text_tower") is not None
+    # its words do not matter here, and a small vocabulary is soon built
+    tokenizer = None if own else TrainedTokenizer.train(["any"], context_length=8)
+    return create_system("vit", comparison.model, tasks, tokenizer=tokenizer, **options).preprocessing
 
 
 def _known(system: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import classify
 from cmaclip_fast.files import write_tensors
 from cmaclip_fast.losses import contrastive_loss, multitask_loss
+from cmaclip_fast.memory import Meter
 from cmaclip_fast.metrics import task_metrics
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.tiny import STRIDE
@@ -71,6 +72,9 @@ class TrainingConfig(BaseModel):
             the first epoch with pictures of full size.
         mixed_precision: of the devices that can.
         accumulate: batches whose gradients are added up before a step.
+        checkpointing: keep only what goes into each transformer layer and compute the layer again for its gradient:
+            less memory, about a third more work.
+        compile: run through `torch.compile`; the first steps take minutes.
         workers: processes that load data.
         seed: of weights, order and augmentation; a run on CPU repeats bit for bit on the same machine.
     """
@@ -97,6 +101,8 @@ class TrainingConfig(BaseModel):
     patience: int = Field(0, ge=0)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     accumulate: int = Field(1, ge=1)
+    checkpointing: bool = False
+    compile: bool = False
     workers: int = Field(0, ge=0)
     seed: int = Field(0, ge=0)
 
@@ -240,7 +246,11 @@ def fit(
         raise InputError(
             f"{len(training)} training rows are fewer than one batch of {config.batch_size}: lower --batch-size"
         )
+    model.set_checkpointing(config.checkpointing)
     objective, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
+    step = torch.compile(objective) if config.compile else objective
+    meter = Meter(accelerator.device)
+    held = meter.reset()
     average = AveragedModel(model, multi_avg_fn=_warm_average(config.ema_decay)) if config.ema_decay else None
     best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     progress_state = Progression()
@@ -265,6 +275,7 @@ def fit(
             # all randomness of an epoch follows from (seed, epoch), so a resumed run repeats it
             torch.manual_seed(config.seed * 1_000_003 + epoch)
             training.side = _side(model, config, epoch)
+            meter.reset()
             loader.set_epoch(epoch)
             objective.train()
             total = torch.zeros((), device=accelerator.device)
@@ -272,7 +283,7 @@ def fit(
             for batch in loader:
                 waited += time.perf_counter() - asked
                 with accelerator.accumulate(objective):
-                    loss, report = objective(batch, contrastive)
+                    loss, report = step(batch, contrastive)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
@@ -301,6 +312,9 @@ def fit(
                 "rows_per_second": len(loader) * config.batch_size * accelerator.num_processes / train_seconds,
                 "waiting_for_data": waited / train_seconds,
             }
+            if held is not None and (peak := meter.peak()) is not None:
+                # with gradients, the optimizer's state and what the first batches leave behind
+                record["memory_per_row"] = max(0, peak - held) / config.batch_size
             progress_state.epoch += 1
             if not warm_start:
                 record |= validate(kept, validation, config, accelerator.device, target_precision)
@@ -342,7 +356,9 @@ def describe_epoch(record: dict[str, float], stages: int) -> str:
     if "validation_loss" in record:
         parts.append(f"validation {record['validation_loss']:.3f}")
     parts += [f"{k.removeprefix('accuracy/')} {v:.3f}" for k, v in record.items() if k.startswith("accuracy/")]
-    parts.append(f"{record['rows_per_second']:.0f} rows/s")
+    parts.append(f"{record['rows_per_second']:.0f} rows/s, {record['waiting_for_data']:.0%} waiting for data")
+    if "memory_per_row" in record:
+        parts.append(f"{record['memory_per_row'] / 2**20:.1f} MiB a row")
     return "  ".join(parts)
 
 

@@ -130,6 +130,7 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         raise InputError("mixed precision fp16 needs a GPU: use no or bf16")
     if not run.table.columns.tasks:
         raise InputError(f"{run.table.name}: name at least one column of labels with --task")
+    _check_modalities(run, system, config)
     finished = _check_output(run)
     if finished is not None:
         console.print(f"{run.output} is complete already: nothing to resume")
@@ -138,7 +139,6 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
     with whole_directory(run.output, CHECKPOINT) as work, _log_file(work / LOG, console):
         started = time.perf_counter()
         tables, counts = _prepare(run, config)
-        _check_modalities(run, system, config)
         classes = class_names(tables["train"], run.table.columns.tasks)
         torch.manual_seed(config.seed)
         tokenizer = _tokenizer(model_options, tables["train"])

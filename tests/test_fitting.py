@@ -19,6 +19,7 @@ from cmaclip_fast.fitting import (
     parameter_groups,
     save_checkpoint,
 )
+from cmaclip_fast.memory import Meter
 from cmaclip_fast.model import CMACLIP
 
 ROWS = 400
@@ -105,3 +106,43 @@ def test_checkpoint_restores_everything_and_refuses_damage(model: CMACLIP, tmp_p
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"c\.safetensors.*--resume"):
         load_checkpoint(path, model, None, optimizer, best)
+
+
+@pytest.mark.parametrize("how", ["checkpointing", "compile"])
+def test_checkpointing_and_compilation_keep_loss_and_gradients(model: CMACLIP, how: str) -> None:
+    objective = Objective(model, TrainingConfig(text_dropout=0.2, image_dropout=0.2, auxiliary_weight=0.5))
+    batch = batch_of(12)
+
+    def gradients(step: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        model.zero_grad()
+        loss, _ = step(batch)
+        loss.backward()
+        return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # compiled code draws otherwise
+    model.text_tower.text.token_embedding.dropout = 0.0
+    loss, expected = gradients(objective)
+    if how == "compile":
+        torch._dynamo.reset()
+        again, found = gradients(torch.compile(objective, backend="aot_eager"))
+    else:
+        model.set_checkpointing()
+        again, found = gradients(objective)
+    torch.testing.assert_close(again, loss)
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_memory_of_a_step_is_seen() -> None:
+    meter = Meter("cpu")
+    held = meter.reset()
+    if held is None:
+        pytest.skip("this system does not tell the memory of a process")
+    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    del block
+    assert 60 * 2**20 < meter.peak() - held < 128 * 2**20

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
+from open_clip.hf_model import HFTextEncoder
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import Transformer
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
@@ -16,7 +19,7 @@ from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.tokenizer import Tokenizer
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.modules import TaskHead
+from cmaclip_fast.modules import SequenceAttention, TaskHead
 from cmaclip_fast.pretrained import HuggingFaceText, TimmImage
 from cmaclip_fast.towers import image_tower, text_tower
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
@@ -39,9 +42,9 @@ class System(nn.Module):
         modalities: whether it reads the text, and the image.
         uses_labels: False for a system that learns from pairs alone, by CLIP's contrastive loss.
         config, tasks, preprocessing, tokenizer: as in `CMACLIP`.
+        taxonomies: the tasks that are levels of a tree; see `task_probabilities`.
         image_tower, text_tower: see `towers.py`; a system that does not read a modality has no tower for it.
         logit_scale: CLIP's temperature.
-        taxonomies: the tasks that are levels of a tree; see `task_probabilities`.
     """
 
     Config: ClassVar[type[BaseModel]]
@@ -52,12 +55,12 @@ class System(nn.Module):
 
     config: Any
     tasks: dict[str, list[str]]
+    taxonomies: tuple[Taxonomy, ...] = ()
     preprocessing: ImagePreprocessing
     tokenizer: Tokenizer
     image_tower: Any
     text_tower: Any
     logit_scale: nn.Parameter
-    taxonomies: tuple[Taxonomy, ...] = ()
 
     def forward(self, batch: Batch, with_attention: bool = False) -> Output:
         """Classifies a batch; what is absent in it has no influence."""
@@ -92,6 +95,19 @@ class System(nn.Module):
         for prefix in ("image_tower", "text_tower"):
             for name, parameter in getattr(self, prefix, nn.Identity()).named_parameters():
                 yield f"{prefix}.{name}", parameter
+
+    def set_checkpointing(self, enabled: bool = True) -> None:
+        """Whether each transformer layer is computed again for its gradient instead of keeping what is inside it."""
+        for module in self.modules():
+            if isinstance(module, Transformer):
+                module.grad_checkpointing = enabled
+            elif isinstance(module, SequenceAttention):
+                module.checkpointing = enabled
+            elif isinstance(module, TimmModel):
+                module.set_grad_checkpointing(enabled)
+            elif isinstance(module, HFTextEncoder):
+                switch = "gradient_checkpointing_enable" if enabled else "gradient_checkpointing_disable"
+                getattr(module.transformer, switch)()
 
     def predict(
         self, images: Sequence[Image | str | Path | None], texts: Sequence[str | None], batch_size: int = 64

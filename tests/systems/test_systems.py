@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,6 +142,17 @@ def test_an_artefact_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     with torch.inference_mode():
         for task, logits in system(batch).logits.items():
             assert torch.equal(loaded(batch).logits[task], logits)
+
+
+def test_an_artefact_from_before_there_were_systems_loads(tmp_path: Path) -> None:
+    system, batch = make("cma-clip"), make_batch()
+    save_model(tmp_path, system, DataColumns(image="i", text="t", tasks=list(TASKS)), "here", {"seed": 0})
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["system"], config["model"]["text_tower"], config["model"]["image_tower"]
+    path.write_text(json.dumps(config))
+    with torch.inference_mode():
+        assert torch.equal(load_model(tmp_path)(batch).logits["colour"], system(batch).logits["colour"])
 
 
 def test_auxiliary_heads_are_for_systems_of_two_towers() -> None:

@@ -1,0 +1,43 @@
+"""The loops over tasks that `modality_pool` and `multitask_cross_entropy` replace."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def keyless_attention(embeddings: Tensor, vector: Tensor, present: Tensor | None = None) -> Tensor:
+    """One task's weighted sum: `embeddings [B, M, D]`, `vector [D]` or `[M, D]`, `present [B, M]` -> `[B, D]`."""
+    scores = (embeddings * vector).sum(-1)
+    if present is not None:
+        scores = scores.masked_fill(~present, -torch.inf)
+    return (scores.softmax(-1)[..., None] * embeddings).sum(1)
+
+
+class KeylessAttention(nn.Module):
+    """One task's modality-wise attention, as a module of its own."""
+
+    def __init__(self, vector: Tensor) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(vector.detach().clone())
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """`[B, M, D] -> [B, D]`, every modality present."""
+        return keyless_attention(embeddings, self.vector)
+
+
+def keyless_loop(embeddings: Tensor, weight: Tensor, present: Tensor) -> Tensor:
+    """`modality_pool` task by task: `weight [K, M, D]` -> `[B, K, D]`."""
+    return torch.stack([keyless_attention(embeddings, vector, present) for vector in weight], 1)
+
+
+def cross_entropy_loop(logits: Tensor, labels: Tensor, bounds: Sequence[int]) -> Tensor:
+    """`multitask_cross_entropy` task by task: columns `bounds[k]` to `bounds[k + 1]` of `logits` -> `[K]`."""
+    parts: Iterable[tuple[int, int]] = itertools.pairwise(bounds)
+    return torch.stack(
+        [F.cross_entropy(logits[:, a:b].float(), labels[:, k], ignore_index=-1) for k, (a, b) in enumerate(parts)]
+    )

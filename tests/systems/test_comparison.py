@@ -1,0 +1,172 @@
+"""The comparison: what it measures, that it goes on where it stopped, and its page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from cmaclip_fast import InputError
+from cmaclip_fast.comparison import Comparison, _classify, compare, curve, prepare, record_path
+from cmaclip_fast.comparison_page import summary, welch, write_page
+from cmaclip_fast.cost import forward_flops, parameters
+from cmaclip_fast.data import Columns, TrainedTokenizer, class_names, read_table
+from cmaclip_fast.data.noise import Noise, add_noise
+from cmaclip_fast.systems import create_system
+
+from ..cli.conftest import write_data
+from .conftest import make, make_batch
+
+SMALL = {"image_size": 32, "width": 32, "heads": 2}
+BUDGET = {"epochs": 1, "batch_size": 16, "small_epochs": 0.0}
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    folder = tmp_path_factory.mktemp("compared")
+    table = read_table(write_data(folder), Columns(image="picture", text="title", tasks=("colour", "shape")))
+    return Comparison(
+        {"shapes": table},
+        folder / "out",
+        ("cma-clip", "cma-clip-without-attention", "clip-zero-shot", "bert"),
+        (0, 1),
+        model_options=SMALL,
+        training_options=BUDGET,
+        kinds=("text-replace", "image-drop", "image-blur"),
+    )
+
+
+@pytest.fixture(scope="module")
+def records(comparison: Comparison) -> list[dict[str, Any]]:
+    return compare(comparison, QUIET)
+
+
+def test_every_system_and_seed_has_a_record(comparison: Comparison, records: list[dict[str, Any]]) -> None:
+    assert [(r["system"], r["seed"]) for r in records] == [(s, seed) for seed in (0, 1) for s in comparison.systems]
+    for record in records:
+        assert set(record["test"]["both"]) == {"colour", "shape"} and record["flops"] > 0
+        assert set(record["noise"]) == set(comparison.kinds)
+        assert (record["weights"] is not None) == (record["system"] == "cma-clip")
+
+
+def test_what_is_finished_is_not_repeated(comparison: Comparison, records: list[dict[str, Any]]) -> None:
+    one = record_path(comparison.output, "shapes", "bert", 1)
+    others = {path: path.stat().st_mtime_ns for path in one.parent.iterdir() if path != one}
+    one.unlink()
+    again = compare(comparison, QUIET)
+    assert [r["test"] for r in again] == [r["test"] for r in records], "training repeats exactly"
+    assert one.is_file() and all(path.stat().st_mtime_ns == time for path, time in others.items())
+
+
+def test_other_settings_are_not_mixed_in(comparison: Comparison, records: list[dict[str, Any]]) -> None:
+    with pytest.raises(InputError, match=r"other settings \(training_options\).*--output"):
+        compare(replace(comparison, training_options={**BUDGET, "epochs": 2}), QUIET)
+    path = record_path(comparison.output, "shapes", "bert", 0)
+    whole = path.read_text()
+    try:
+        path.write_text(whole[:100])
+        with pytest.raises(InputError, match="damaged"):
+            compare(comparison, QUIET)
+    finally:
+        path.write_text(whole)
+
+
+@pytest.mark.parametrize(("kind", "point"), [("text-replace", 2), ("image-drop", 3), ("image-blur", 2)])
+def test_a_curve_is_what_evaluating_damaged_rows_gives(comparison: Comparison, kind: Any, point: int) -> None:
+    test = prepare(comparison, comparison.tables["shapes"])["test"]
+    classes = class_names(test, test.columns.tasks)
+    tokenizer = TrainedTokenizer.train(test.texts(), context_length=10)
+    torch.manual_seed(0)
+    model = create_system("cma-clip", "tiny", classes, tokenizer=tokenizer, **SMALL).eval()
+    said = curve(model, test, kind, _classify(model, test), 0.9)[point]
+    answers = _classify(model, add_noise(test, Noise(kind, said["level"])))
+    for task, metrics in answers.metrics().items():
+        assert said["tasks"][task]["accuracy"] == pytest.approx(metrics.accuracy)
+        assert said["text_weight"][task] == pytest.approx(float(answers.weights[task][:, 0].mean()), abs=1e-6)
+
+
+def test_one_modality_is_untouched_by_damage_to_the_other(records: list[dict[str, Any]]) -> None:
+    for record in records:
+        if record["system"] == "bert":
+            assert len({point["tasks"]["shape"]["accuracy"] for point in record["noise"]["image-drop"]}) == 1
+
+
+def test_all_systems_get_the_same_rows_and_at_most_so_many(comparison: Comparison) -> None:
+    limited = replace(comparison, rows={"train": 20, "test": 5})
+    splits = prepare(limited, comparison.tables["shapes"])
+    assert len(splits["train"]) == 20 and len(splits["test"]) == 5
+    again = prepare(limited, comparison.tables["shapes"])
+    assert splits["train"].texts() == again["train"].texts()
+
+
+def test_training_noise_damages_training_rows_alone(comparison: Comparison) -> None:
+    noisy = prepare(replace(comparison, training_noise=Noise("text-drop", 1.0)), comparison.tables["shapes"])
+    assert set(noisy["train"].texts()) == {None} and set(noisy["test"].texts()) != {None}
+
+
+def test_the_page(comparison: Comparison, records: list[dict[str, Any]], tmp_path: Path) -> None:
+    page = write_page(records, tmp_path, "cmaclip compare ...").read_text()
+    for heading in (
+        "Accuracy",
+        "Macro-F1",
+        "Recall at 90% precision",
+        "What each attention gives",
+        "Cost",
+        "Robustness",
+    ):
+        assert f"### {heading}" in page
+    numbers = json.loads((tmp_path / "comparison.json").read_text())
+    shown = numbers["data"]["shapes"]["accuracy"]["bert"]["shape"]
+    mean = sum(r["test"]["both"]["shape"]["accuracy"] for r in records if r["system"] == "bert") / 2
+    assert shown["mean"] == pytest.approx(mean) and f"{100 * mean:.1f}" in page
+    for picture in ("robustness-shapes.png", "weights-shapes.png"):
+        assert f"]({picture})" in page and (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert len(numbers["records"]) == len(records)
+
+
+def test_significance() -> None:
+    assert welch([0.5, 0.51, 0.49], [0.8, 0.81, 0.79]) < 0.001
+    assert welch([0.5, 0.7, 0.3], [0.6, 0.4, 0.5]) > 0.5
+    assert welch([0.5], [0.8]) is None and welch([0.5, 0.5], [0.5, 0.5]) is None
+
+    def record(system: str, seed: int, value: float) -> dict[str, Any]:
+        metrics = {"accuracy": value, "rows": 4.0}
+        return {"system": system, "seed": seed, "test": {"both": {"a": metrics, "b": {"accuracy": 0.0, "rows": 0.0}}}}
+
+    rows = [record("one", s, 0.5 + s / 100) for s in range(3)] + [record("two", s, 0.2 + s / 100) for s in range(3)]
+    table = summary(rows, "accuracy")
+    assert list(table["one"]) == ["a", "average"], "a task without labelled rows has no column"
+    assert table["one"]["average"]["p"] is None and table["two"]["average"]["p"] < 0.05
+    assert table["one"]["a"]["mean"] == pytest.approx(0.51) and table["one"]["a"]["deviation"] == pytest.approx(0.01)
+
+
+def test_bad_lists_are_said(comparison: Comparison) -> None:
+    with pytest.raises(InputError, match="bert is named twice"):
+        compare(replace(comparison, systems=("bert", "bert")), QUIET)
+    with pytest.raises(InputError, match="mmbd"):
+        compare(replace(comparison, systems=("mmbd",)), QUIET)
+
+
+def test_parameters_and_operations_are_counted() -> None:
+    system, batch = make("perceiver-io"), make_batch(["red dress"], [True])
+    counted = parameters(system)
+    assert counted["all"] == sum(p.numel() for p in system.parameters()) > counted["towers"] > 0
+
+    text = make("bert")
+    layer, size, width = text.text_tower.text.transformer.resblocks[0], int(batch.text_lengths[0]), 128
+    linear = sum(p.numel() for name, p in layer.named_parameters() if p.ndim == 2)
+    heads = sum(p.numel() for name, p in text.heads.named_parameters() if p.ndim == 2)
+    by_hand = 2 * (size * linear + heads + text.text_projection.weight.numel()) + 4 * size * size * width
+    assert forward_flops(text, batch) == pytest.approx(by_hand, rel=0.01)
+
+    # attention over packed rows counts each row's own keys
+    both, alone = make_batch(["red dress", "red dress"], [True, True]), batch
+    cma = make("cma-clip")
+    assert forward_flops(cma, both) == pytest.approx(forward_flops(cma, alone), rel=1e-6)
+    assert torch.backends.mha.get_fastpath_enabled()
