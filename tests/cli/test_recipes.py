@@ -37,7 +37,7 @@ def test_there_is_one_for_each_public_set() -> None:
 def test_ours_are_valid(path: Path) -> None:
     options = read_recipe(path, _parameters())
     assert (options["model"], options["pretrained"]) in open_clip.list_pretrained()
-    model, training = cli._options(options["option"])
+    model, training = cli._options(options["option"], ["cma-clip"])
     model_config(options["model"], model)
     names = set(TrainingConfig.model_fields) & set(options)
     TrainingConfig.model_validate({**training, **{name: options[name] for name in names}})
