@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
 
 from cmaclip_fast.bench.peers import SYSTEMS
 from cmaclip_fast.bench.results import Curve, Memory, Part, Pipeline, Report, Steps, Table
@@ -246,7 +248,11 @@ def lines(axes: Axes, one: Curve) -> None:
         axes.plot(one.values, costs, marker="o", label=name, color="black" if index == 0 else f"C{index}")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_xticks(one.values, [f"{value:,}" for value in one.values], fontsize=7)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(one.axis)
     axes.set_ylabel("ms a pair")
-    axes.set_title(one.title, fontsize=6)
+    axes.set_title(textwrap.fill(one.title, 36), fontsize=8)
     axes.legend(fontsize=7)

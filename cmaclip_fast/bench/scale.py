@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 import time
@@ -142,8 +141,10 @@ def loader_rate(model: CMACLIP, seconds: float, batch: int = 32) -> float:
         next(loader)
         begin = time.perf_counter()
         count = 0
-        for _ in itertools.takewhile(lambda _: time.perf_counter() - begin < seconds, loader):
+        for _ in loader:
             count += batch
+            if time.perf_counter() - begin > seconds:
+                break
         return count / (time.perf_counter() - begin)
     finally:
         torch.set_num_threads(threads)

@@ -35,6 +35,7 @@ def test_wheel_holds_the_package_its_data_and_no_package_called_kernels(wheel: P
         "data/openclipart/openclipart.parquet",
         "data/openclipart/README.md",
         "templates/report.html",
+        "bench/configs/cmaclip-small.json",
     ):
         assert f"cmaclip_fast/{wanted}" in names
     assert ("cmaclip_fast/_C.abi3.so" in names) == (env.backends()["cpp"] is None)

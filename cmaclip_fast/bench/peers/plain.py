@@ -132,6 +132,8 @@ class PlainCompiled(PlainLongest):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
+        # else what was compiled for other batches counts against the limit, past which layers run eagerly
+        torch.compiler.reset()
         plain = cast(PlainCMACLIP, self.module)
         for layer in plain.visual.transformer.resblocks:
             layer.compile()
