@@ -13,6 +13,7 @@ from cmaclip_fast.prediction import Prediction, read_output
 from cmaclip_fast.report import ExampleView
 from cmaclip_fast.report import Prediction as PredictionView
 from cmaclip_fast.systems.base import System
+from cmaclip_fast.towers import HuggingFaceTextTower
 from cmaclip_fast.types import AttentionMaps, Batch
 
 
@@ -68,8 +69,9 @@ def _view(
         return view
     weights, count = attention.weights[index].float().cpu(), int(attention.text_tokens[index])
     if count:
-        ids = batch.tokens[index, :count].tolist()
-        view.tokens = model.tokenizer.decode_tokens(ids)
+        first = ["<text>"] if isinstance(model.text_tower, HuggingFaceTextTower) else []
+        ids = batch.tokens[index, : count - len(first)].tolist()
+        view.tokens = first + model.tokenizer.decode_tokens(ids)
     grid = model.image_tower.grid
     text_row = 0 if model.text_tower.global_first else count - 1
     if count and len(view.tokens) == count:

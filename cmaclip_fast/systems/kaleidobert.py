@@ -14,6 +14,7 @@ from cmaclip_fast.systems import register
 from cmaclip_fast.systems.base import FusionConfig, TwoTowers
 from cmaclip_fast.systems.one_stream import Pretext, mismatched
 from cmaclip_fast.systems.stream import Fused, OneStream, mask_token, mask_words, pool_patches
+from cmaclip_fast.towers import HuggingFaceTextTower
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
 
 JIGSAW = tuple(itertools.permutations(range(4)))
@@ -100,7 +101,7 @@ class KaleidoBERT(TwoTowers):
         """
         fine = sum(scale**2 for scale in self.config.scales[:-2])
         aligned = torch.full((len(fused.starts), length), -1, device=fused.tokens.device)
-        offset = int(self.text_tower.global_first and self._adds_a_token)
+        offset = int(self._adds_a_token)
         for row, (weights, count) in enumerate(zip(fused.weights or [], fused.text_tokens.tolist(), strict=True)):
             to_patches = weights[1 + offset : 1 + count, 1 + count + fine :]
             if to_patches.numel():
@@ -110,7 +111,8 @@ class KaleidoBERT(TwoTowers):
 
     @property
     def _adds_a_token(self) -> bool:
-        return type(self.text_tower).__name__ == "HuggingFaceTextTower"
+        """Whether the text tower puts its global token before the words."""
+        return isinstance(self.text_tower, HuggingFaceTextTower)
 
     def guided_masks(self, aligned: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """Alignment-guided masking (section 3.3): words and patches to hide, `[B, L]` and `[B, 55]` bool.

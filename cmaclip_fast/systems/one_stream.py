@@ -13,6 +13,7 @@ from cmaclip_fast.errors import InputError
 from cmaclip_fast.systems import register
 from cmaclip_fast.systems.base import Encoded, FusionConfig, TwoTowers
 from cmaclip_fast.systems.stream import Fused, OneStream, mask_token, mask_words
+from cmaclip_fast.towers import HuggingFaceTextTower
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
 
 
@@ -160,8 +161,8 @@ class OneStreamBERT(TwoTowers):
         share = self.config.mask * where[:, None]
         corrupted, chosen = mask_words(tokens, lengths, share, self.mask_token, self.tokenizer.vocab_size)
         text, counts = self._read(corrupted, lengths)
-        if self.text_tower.global_first and text.shape[1] > tokens.shape[1]:
-            # a Hugging Face tower puts its global token before the words
+        if isinstance(self.text_tower, HuggingFaceTextTower):
+            # it puts its global token before the words
             chosen, tokens = F.pad(chosen, (1, 0)), F.pad(tokens, (1, 0))
         return text, counts, tokens, chosen, lengths
 
