@@ -187,7 +187,7 @@ def _table(table: dict[str, dict[str, dict[str, float | None]]]) -> list[str]:
         for column in columns:
             cell, mean = row[column], row[column]["mean"] or 0.0
             text = f"{100 * mean:.1f}"
-            text = f"**{text}**" if mean == best[column] else text
+            text = f"**{text}**" if mean == best[column] > 0 else text
             text += "" if cell["deviation"] is None else f" ± {100 * cell['deviation']:.1f}"
             cells.append(text + ("*" if cell["p"] is not None and cell["p"] < SIGNIFICANT else ""))
         lines.append(_row([system, *cells]))
@@ -298,7 +298,7 @@ def _panels(kinds: list[str]) -> tuple[Figure, list[Axes]]:
     columns = min(4, len(kinds))
     rows = math.ceil(len(kinds) / columns)
     figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 1.0), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for axis in axes[len(kinds) :]:
         axis.set_axis_off()
     for axis, kind in zip(axes, kinds, strict=False):
