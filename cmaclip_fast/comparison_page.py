@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,9 @@ def welch(one: Sequence[float], other: Sequence[float]) -> float | None:
     """The p-value of Welch's t-test; None for fewer than two values a side, or values without any deviation."""
     if len(one) < 2 or len(other) < 2 or (np.ptp(one) == 0 and np.ptp(other) == 0):
         return None
-    p = float(ttest_ind(one, other, equal_var=False).pvalue)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # one side alone may have no deviation
+        p = float(ttest_ind(one, other, equal_var=False).pvalue)
     return p if math.isfinite(p) else None
 
 
