@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,9 @@ def welch(one: Sequence[float], other: Sequence[float]) -> float | None:
     """The p-value of Welch's t-test; None for fewer than two values a side, or values without any deviation."""
     if len(one) < 2 or len(other) < 2 or (np.ptp(one) == 0 and np.ptp(other) == 0):
         return None
-    p = float(ttest_ind(one, other, equal_var=False).pvalue)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # one side alone may have no deviation
+        p = float(ttest_ind(one, other, equal_var=False).pvalue)
     return p if math.isfinite(p) else None
 
 
@@ -187,7 +190,7 @@ def _table(table: dict[str, dict[str, dict[str, float | None]]]) -> list[str]:
         for column in columns:
             cell, mean = row[column], row[column]["mean"] or 0.0
             text = f"{100 * mean:.1f}"
-            text = f"**{text}**" if mean == best[column] else text
+            text = f"**{text}**" if mean == best[column] > 0 else text
             text += "" if cell["deviation"] is None else f" ± {100 * cell['deviation']:.1f}"
             cells.append(text + ("*" if cell["p"] is not None and cell["p"] < SIGNIFICANT else ""))
         lines.append(_row([system, *cells]))
@@ -298,7 +301,7 @@ def _panels(kinds: list[str]) -> tuple[Figure, list[Axes]]:
     columns = min(4, len(kinds))
     rows = math.ceil(len(kinds) / columns)
     figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 1.0), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for axis in axes[len(kinds) :]:
         axis.set_axis_off()
     for axis, kind in zip(axes, kinds, strict=False):

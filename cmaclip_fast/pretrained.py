@@ -151,6 +151,7 @@ def _text_tower(text: str | HuggingFaceText, embed: int) -> tuple[HFTextEncoder,
         from open_clip.hf_model import HFTextEncoder
     except ImportError:
         raise InputError("a Hugging Face text tower needs transformers: pip install 'cmaclip_fast[hf]'") from None
+    transformers.utils.logging.disable_progress_bar()
     if isinstance(text, str):
         folder = Path(text)
         if not (folder / "config.json").is_file():

@@ -421,8 +421,9 @@ def _log_file(path: Path, console: Console) -> Iterator[None]:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     echo = _ConsoleHandler(console)
-    level = log.level
+    level, propagates = log.level, log.propagate
     log.setLevel(logging.INFO)
+    log.propagate = False  # some library may have given the root logger a handler, which would repeat each line
     log.addHandler(handler)
     log.addHandler(echo)
     try:
@@ -431,6 +432,7 @@ def _log_file(path: Path, console: Console) -> Iterator[None]:
         log.removeHandler(handler)
         log.removeHandler(echo)
         log.setLevel(level)
+        log.propagate = propagates
         handler.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from cmaclip_fast.data import Columns, TrainedTokenizer, class_names, read_table
 from cmaclip_fast.data.noise import Noise, add_noise
 from cmaclip_fast.systems import create_system
 
-from ..cli.conftest import write_data
+from ..cli.conftest import Done, cmaclip, write_data
 from .conftest import make, make_batch
 
+__all__ = ["cmaclip"]
 SMALL = {"image_size": 32, "width": 32, "heads": 2}
 BUDGET = {"epochs": 1, "batch_size": 16, "small_epochs": 0.0}
 QUIET = Console(quiet=True)
@@ -170,3 +172,39 @@ def test_parameters_and_operations_are_counted() -> None:
     cma = make("cma-clip")
     assert forward_flops(cma, both) == pytest.approx(forward_flops(cma, alone), rel=1e-6)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_the_command_compares_and_goes_on(cmaclip: Callable[..., Done], tmp_path: Path) -> None:
+    """One record is taken away; the command makes it again and leaves the other alone."""
+    data, output = write_data(tmp_path), tmp_path / "out"
+    columns = ["--image", "picture", "--text", "title", "--task", "shape"]
+    options = ["--option", "image_size=32", "--option", "width=32", "--option", "batch_size=8", "--epochs", "1"]
+    arguments = ["compare", "--data", data, *columns, *options, "--quick", "--systems", "bert,vit", "--seeds", "3"]
+    done = cmaclip(*arguments, "--output", output)
+    assert done.code == 0, done.err
+    assert "| bert |" in done.out and f"`cmaclip compare --data {data}" in done.out
+    first = record_path(output, "shapes.csv", "bert", 3)
+    before = first.stat().st_mtime_ns
+    record_path(output, "shapes.csv", "vit", 3).unlink()
+    again = cmaclip(*arguments, "--output", output)
+    assert again.code == 0 and "2/2: vit" in again.err and "bert on" not in again.err
+    assert first.stat().st_mtime_ns == before
+    done = cmaclip(*arguments, "--option", "label_smoothing=0.5", "--output", output)
+    assert done.code == 2 and "other settings" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0,x"], "--seeds 0,x"),
+        (["--systems", "bert,brt"], "did you mean"),
+        (["--training-noise", "text-swap:1"], "no kind"),
+        (["--option", "colour=3"], "colour=3"),
+    ],
+)
+def test_bad_arguments_are_said(
+    cmaclip: Callable[..., Done], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    columns = ["--text", "title", "--task", "shape"]
+    done = cmaclip("compare", "--data", write_data(tmp_path), *columns, "--output", tmp_path / "out", *arguments)
+    assert done.code == 2 and message in done.err and not (tmp_path / "out").exists()
