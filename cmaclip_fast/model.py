@@ -29,9 +29,7 @@ from cmaclip_fast.towers import image_tower, text_tower
 from cmaclip_fast.types import IMAGE, TEXT, AttentionMaps, Batch, Output
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from cmaclip_fast.prediction import Prediction
+    pass
 
 
 class ModelConfig(BaseModel):
@@ -291,33 +289,6 @@ class CMACLIP(System):
             {task: head(output.towers[:, modality]) for task, head in zip(self.tasks, heads.children(), strict=True)}
             for modality, heads in enumerate(self.auxiliary_heads)
         ]
-
-    def contrastive_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The towers' own embeddings of images and texts, each `[B, E]` and of length 1, as CLIP compares them."""
-        image = self.image_tower.project(self.image_tower.global_tokens(batch.images))
-        text = self.text_tower.project(self.text_tower.global_tokens(batch.tokens, batch.text_lengths))
-        return nn.functional.normalize(image, dim=-1), nn.functional.normalize(text, dim=-1)
-
-    def tower_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The named parameters of the two towers, which train at their own rate."""
-        for prefix in ("image_tower", "text_tower"):
-            for name, parameter in getattr(self, prefix).named_parameters():
-                yield f"{prefix}.{name}", parameter
-
-    def predict(
-        self, images: Sequence[Image | str | Path | None], texts: Sequence[str | None], batch_size: int = 64
-    ) -> list[dict[str, Prediction]]:
-        """Labels pairs, each a picture (or its path) and a text; either may be None.
-
-        Returns:
-            For each pair, for each task, its label, probability, five best classes and modality weights.
-
-        Raises:
-            InputError: unequal numbers of images and texts, an unreadable image, or a pair with neither.
-        """
-        from cmaclip_fast.prediction import predict_pairs
-
-        return predict_pairs(self, images, texts, batch_size)
 
 
 def create_model(

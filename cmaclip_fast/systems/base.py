@@ -81,9 +81,8 @@ class System(nn.Module):
 
     def contrastive_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The towers' own embeddings of images and texts, each `[B, E]` and of length 1, as CLIP compares them."""
-        image = self.image_tower.project(self.image_tower(batch.images)[:, 0])
-        tokens, lengths = self.text_tower(batch.tokens, batch.text_lengths)
-        text = self.text_tower.project(tokens[torch.arange(len(tokens)), self.text_position(lengths)])
+        image = self.image_tower.project(self.image_tower.global_tokens(batch.images))
+        text = self.text_tower.project(self.text_tower.global_tokens(batch.tokens, batch.text_lengths))
         return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
 
     def text_position(self, lengths: Tensor) -> Tensor:
@@ -112,7 +111,14 @@ class System(nn.Module):
     def predict(
         self, images: Sequence[Image | str | Path | None], texts: Sequence[str | None], batch_size: int = 64
     ) -> list[dict[str, Prediction]]:
-        """Labels pairs, each a picture (or its path) and a text; either may be None. See `CMACLIP.predict`."""
+        """Labels pairs, each a picture (or its path) and a text; either may be None.
+
+        Returns:
+            For each pair, for each task, its label, probability, five best classes and modality weights.
+
+        Raises:
+            InputError: unequal numbers of images and texts, an unreadable image, or a pair with neither.
+        """
         from cmaclip_fast.prediction import predict_pairs
 
         return predict_pairs(self, images, texts, batch_size)
