@@ -47,6 +47,7 @@ mutants: install
 
 bench: $(PEERS)
 	$(BIN)/cmaclip bench --output benchmarks/results --floors benchmarks/floors.json
+	$(BIN)/python benchmarks/page.py benchmarks/results docs/performance.md
 	$(BIN)/python benchmarks/operators.py --write benchmarks/results
 
 # the systems that ours is compared with; no test needs them

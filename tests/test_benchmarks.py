@@ -24,3 +24,17 @@ def test_operators(tmp_path):
     assert {row["operator"] for row in report["results"]} == {"pack_tokens", "modality_pool", "multitask_cross_entropy"}
     assert all(row["ours"][0] <= row["ours"][1] <= row["ours"][2] and row["ratio"] > 0 for row in report["results"])
     assert report["packages"]["torch"] and report["processor"]["threads"]
+
+
+def test_page_takes_the_tables_between_its_marks_and_again(tmp_path):
+    results, page = tmp_path / "results", tmp_path / "docs" / "performance.md"
+    results.mkdir(), page.parent.mkdir()
+    marks = "<!-- the tables of `make bench` begin -->", "<!-- the tables of `make bench` end -->"
+    page.write_text("# Title\n\n" + "\nold\n".join(marks) + "\n\nbehind\n")
+    for number in ("1.5", "1.7"):
+        (results / "performance.md").write_text(f"![speed](performance.png)\n\n## Table\n\n| {number} |\n")
+        subprocess.run([sys.executable, SCRIPT.with_name("page.py"), results, page], check=True)
+        text = page.read_text()
+        assert text.startswith("# Title") and text.endswith("behind\n") and "old" not in text
+        assert "](../results/performance.png)" in text and "### Table" in text and f"| {number} |" in text
+    assert "| 1.5 |" not in text
