@@ -174,11 +174,11 @@ class Report:
     quick: bool
     machine: dict[str, Any]
     tables: list[Table] = field(default_factory=list)
-    steps: Steps | None = None
     memory: list[Memory] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     pipeline: Pipeline | None = None
+    steps: Steps | None = None
 
 
 class BenchmarkError(Exception):
