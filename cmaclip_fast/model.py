@@ -211,8 +211,10 @@ class CMACLIP(System):
             logits = {task: head(both) for task, head in zip(self.tasks, self.heads, strict=True)}
             return Output(logits, None, embedding, towers, attention)
         pooled, weights = self.modality_attention(embedding, batch.present)
-        logits = {task: head(pooled[:, k]) for k, (task, head) in enumerate(zip(self.tasks, self.heads, strict=True))}
-        modality_weights = {task: weights[:, k] for k, task in enumerate(self.tasks)}
+        # one unbind, not a slice for each: the gradient of every slice would be as large as all of `pooled`
+        parts = zip(self.tasks, self.heads, pooled.unbind(1), strict=True)
+        logits = {task: head(part) for task, head, part in parts}
+        modality_weights = dict(zip(self.tasks, weights.unbind(1), strict=True))
         return Output(logits, modality_weights, embedding, towers, attention)
 
     def _text_tokens(self, batch: Batch, once: bool, capacity: int | None) -> _Tokens:
@@ -286,8 +288,8 @@ class CMACLIP(System):
         if not self.config.auxiliary_heads or output.towers is None:
             raise ValueError("the model was built without auxiliary_heads")
         return [
-            {task: head(output.towers[:, modality]) for task, head in zip(self.tasks, heads.children(), strict=True)}
-            for modality, heads in enumerate(self.auxiliary_heads)
+            {task: head(tower) for task, head in zip(self.tasks, heads.children(), strict=True)}
+            for tower, heads in zip(output.towers.unbind(1), self.auxiliary_heads, strict=True)
         ]
 
 

@@ -76,7 +76,7 @@ class Step:
 
 
 def benchmark(options: Options, console: Console, plan: Plan | None = None) -> Report:
-    """Runs the plan, writes the report, and holds it against the floors.
+    """Runs the plan, writes the report after each part, and holds it against the floors.
 
     Raises:
         InputError: an option that does not fit, or a file of floors that cannot be read.
@@ -102,6 +102,9 @@ def benchmark(options: Options, console: Console, plan: Plan | None = None) -> R
         chosen = list(steps(plan, machine, Path(folder), name, system))
         if not chosen:
             raise InputError(f"--only {options.only}: no step has this in its name")
+        order = [group.workload(one).name for group in plan.groups for one in group.measurements]
+        # the short ones first, so that an interrupted run leaves most; the input pipeline looks at the tables
+        chosen.sort(key=lambda step: (step.name == "input pipeline", step.seconds))
         with progress(console) as bar:
             task = bar.add_task("", total=sum(step.seconds for step in chosen))
             for step in chosen:
@@ -113,8 +116,9 @@ def benchmark(options: Options, console: Console, plan: Plan | None = None) -> R
 
                 step.run(report, advance)
                 bar.update(task, completed=done + step.seconds)
-        report.machine = machine_record(before)
-    write_report(report, options.output)
+                report.tables.sort(key=lambda table: order.index(table.workload))
+                report.machine = machine_record(before)
+                write_report(report, options.output)
     if options.floors and options.record:
         count = guard.record(report, options.floors)
         console.print(f"{count} floors set in {options.floors}", soft_wrap=True, highlight=False)

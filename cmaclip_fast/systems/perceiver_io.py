@@ -81,7 +81,8 @@ class PerceiverIO(TwoTowers):
             encoded.text, encoded.image, encoded.text_lengths, batch.present, self.type_embedding
         )
         answers = self.read_out(packed, cu_inputs, encoded.text.shape[1] + encoded.image.shape[1])
-        logits = {task: head(answers[:, k]) for k, (task, head) in enumerate(zip(self.tasks, self.heads, strict=True))}
+        parts = zip(self.tasks, self.heads, answers.unbind(1), strict=True)
+        logits = {task: head(answer) for task, head, answer in parts}
         return Output(logits, towers=encoded.globals)
 
     def read_out(self, packed: Tensor, cu_inputs: Tensor, longest: int) -> Tensor:

@@ -122,6 +122,28 @@ def test_every_parameter_that_classifies_gets_a_gradient() -> None:
     assert without == contrastive_only
 
 
+def test_gradients_of_many_tasks_take_no_memory_for_each_task_alone() -> None:
+    """A slice for each task would make its gradient as large as that of all tasks together."""
+    tasks = {f"task {k}": ["no", "yes"] for k in range(40)}
+    torch.manual_seed(0)
+    tokenizer = TrainedTokenizer.train(["red dress", "short green skirt"] * 3, context_length=10)
+    model = create_model("tiny", tasks, tokenizer=tokenizer, image_size=32, width=32, heads=2, auxiliary_heads=False)
+    pooled: list[torch.Tensor] = []
+    model.modality_attention.register_forward_hook(lambda _, __, out: pooled.append(out[0]))
+    output = model(make_batch(model, ["red dress"], [True]))
+    used = {logits.grad_fn for logits in output.logits.values()}
+    assert len(used) == len(tasks)
+    names = set()
+    waiting = list(used)
+    while waiting:
+        node = waiting.pop()
+        if node is pooled[0].grad_fn or node is None:
+            continue
+        names.add(node.name())
+        waiting += [parent for parent, _ in node.next_functions]
+    assert "UnbindBackward0" in names and not names & {"SelectBackward0", "SliceBackward0"}
+
+
 def test_contrastive_features_have_length_one_and_reach_both_towers() -> None:
     model = make().train()
     image, text = model.contrastive_features(make_batch(model, ["red dress", "short"], [True, True]))
