@@ -97,7 +97,7 @@ class Attention:
         self.rows = len(q_lengths)
         self.ends_q, self.ends_k = ends(q_lengths).numpy(), ends(k_lengths).numpy()
         size = next(size for size in SIZES if size >= self.size)
-        self.library = compiled(kernels, self.dtype, size)
+        self.compiled = compiled(kernels, self.dtype, size)
         self.given = {name: self._array(name, tensor) for name, tensor in (("q", q), ("k", k), ("v", v))}
         strides = [Strides(tensor.stride(0), tensor.stride(1)) for tensor in (q, k, v)]
         sizes = (self.rows, self.heads, self.size, self.tokens_q, self.tokens_k)
@@ -115,13 +115,13 @@ class Attention:
 
     def _launch(self, kernel: str, grid, threads: int, arguments: list, shared: int = 0) -> None:
         shape = [] if kernel == "plan" else [self.shape]
-        report = self.library.launch_in_orders(
+        report = self.compiled.launch_in_orders(
             kernel, grid, threads, [*shape, *arguments], dynamic_shared=shared, orders=self.orders
         )
         self.reports[kernel] = report.check()
 
     def plan(self, tokens: int, warps: int, tiled: np.ndarray, other: np.ndarray) -> np.ndarray:
-        limit = self.library.call("most_items", tokens, self.rows, warps * ROWS_PER_WARP)
+        limit = self.compiled.call("most_items", tokens, self.rows, warps * ROWS_PER_WARP)
         items = np.full((limit, 2), -7, np.int32)
         # The kernel takes pairs of integers, 8 bytes an element.
         pairs = items.view(np.int64)
@@ -131,9 +131,9 @@ class Attention:
     def forward(self) -> tuple[Tensor, Tensor]:
         out = nan_like((self.tokens_q, self.heads, self.size), self.dtype)
         lse = nan_like((self.heads, self.tokens_q), torch.float32)
-        warps = self.library.call("warps_for", self.longest_q, MOST_WARPS)
+        warps = self.compiled.call("warps_for", self.longest_q, MOST_WARPS)
         items = self.plan(self.tokens_q, warps, self.ends_q, self.ends_k)
-        shared = self.library.call("forward_bytes", warps)
+        shared = self.compiled.call("forward_bytes", warps)
         arguments = [items, self.ends_q, self.ends_k, *self.given.values(), out, lse]
         self._launch("forward", (len(items), self.heads), 32 * warps, arguments, shared)
         return to_tensor(out, self.dtype), torch.from_numpy(lse)
@@ -156,9 +156,9 @@ class Attention:
             ("backward_q", self.tokens_q, self.longest_q, self.ends_q, self.ends_k, [grads[0], None]),
             ("backward_kv", self.tokens_k, self.longest_k, self.ends_k, self.ends_q, grads[1:]),
         ):
-            warps = self.library.call("warps_for", longest, most)
+            warps = self.compiled.call("warps_for", longest, most)
             items = self.plan(tokens, warps, tiled, other)
-            shared = self.library.call("backward_bytes", warps)
+            shared = self.compiled.call("backward_bytes", warps)
             self._launch(
                 kernel,
                 (len(items), self.heads),

@@ -219,15 +219,15 @@ class Kernels:
         link = ["-shared", "-nostartfiles", "-Wl,-Bsymbolic", f"-Wl,-rpath,{runtime.parent}"]
         link += [str(compiled), str(runtime)]
         self.path = _compile(cache / f"{source.stem}-{_digest([], link)}.so", link)
-        self.library = module().Library(str(self.path))
+        self.loaded = module().Library(str(self.path))
 
     @property
     def names(self) -> list[str]:
-        return list(self.library.names)
+        return list(self.loaded.names)
 
     def call(self, name: str, *arguments: int | float) -> int | float:
         """Calls a host function of numbers."""
-        return self.library.call(name, arguments)
+        return self.loaded.call(name, arguments)
 
     def launch(
         self,
@@ -255,7 +255,7 @@ class Kernels:
                     buffers[id(argument)] = (argument, module().Buffer(argument, f"argument {position}"))
                 argument = buffers[id(argument)][1]
             given.append(argument)
-        raw = self.library.launch(
+        raw = self.loaded.launch(
             name, _three(grid), _three(block), given, dynamic_shared, order, seed, step_limit=step_limit
         )
         for array, buffer in buffers.values():

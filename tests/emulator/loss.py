@@ -39,7 +39,7 @@ class Loss:
         plan: str | None = None,
         orders: Sequence[tuple[str, int]] = ORDERS,
     ) -> None:
-        self.library, self.dtype, self.smoothing, self.orders = library, logits.dtype, smoothing, orders
+        self.compiled, self.dtype, self.smoothing, self.orders = library, logits.dtype, smoothing, orders
         (self.rows, self.tasks), self.classes = labels.shape, logits.shape[1]
         self.logits, self.labels, self.offsets = to_numpy(logits), to_numpy(labels), to_numpy(offsets)
         self.weight = None if class_weight is None else to_numpy(class_weight)
@@ -55,7 +55,7 @@ class Loss:
         self.reports: dict[str, Report] = {}
 
     def launch(self, kernel: str, name: str, grid: Any, threads: int, arguments: list, shared: int = 0) -> None:
-        report = self.library.launch_in_orders(
+        report = self.compiled.launch_in_orders(
             kernel + name, grid, threads, arguments, dynamic_shared=shared, orders=self.orders
         )
         self.reports[kernel] = report.check()

@@ -34,7 +34,7 @@ class Packing:
         present: Tensor,
         orders: Sequence[tuple[str, int]] = ORDERS,
     ) -> None:
-        self.library, self.dtype, self.orders = library, text.dtype, orders
+        self.compiled, self.dtype, self.orders = library, text.dtype, orders
         self.rows, self.length, self.width = text.shape
         self.patches = image.shape[1]
         self.places = self.length + self.patches
@@ -46,7 +46,7 @@ class Packing:
         self.reports: dict[str, Report] = {}
 
     def launch(self, kernel: str, name: str, grid: int | tuple[int, ...], threads: int, arguments: list) -> None:
-        report = self.library.launch_in_orders(kernel + name, grid, threads, arguments, orders=self.orders)
+        report = self.compiled.launch_in_orders(kernel + name, grid, threads, arguments, orders=self.orders)
         self.reports[kernel] = report.check()
 
     def shape(self, capacity: int) -> bytes:
@@ -65,7 +65,7 @@ class Packing:
         return to_tensor(packed, self.dtype), to_tensor(ends, torch.int32)
 
     def backward(self, grad_packed: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts = self.library.call("sums_per_row", self.places)
+        parts = self.compiled.call("sums_per_row", self.places)
         grad_text = nan_like((self.rows, self.length, self.width), self.dtype)
         grad_image = nan_like((self.rows, self.patches, self.width), self.dtype)
         grad_types = nan_like((2, self.width), self.dtype)

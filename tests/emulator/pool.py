@@ -35,7 +35,7 @@ class Pool:
         present: Tensor,
         orders: Sequence[tuple[str, int]] = ORDERS,
     ) -> None:
-        self.library, self.dtype, self.orders = library, embeddings.dtype, orders
+        self.compiled, self.dtype, self.orders = library, embeddings.dtype, orders
         self.rows, self.modalities, self.width = embeddings.shape
         self.tasks, self.shared = weight.shape[0], weight.shape[1] == 1
         self.embeddings, self.weight, self.present = to_numpy(embeddings), to_numpy(weight), present.numpy().copy()
@@ -49,7 +49,7 @@ class Pool:
 
     def launch(self, kernel: str, grid: tuple[int, ...], threads: int, arguments: list, shared: int = 0) -> None:
         arguments = [self.shape, *arguments]
-        report = self.library.launch_in_orders(
+        report = self.compiled.launch_in_orders(
             f"{kernel}_{self.name}", grid, threads, arguments, dynamic_shared=shared, orders=self.orders
         )
         self.reports[kernel] = report.check()

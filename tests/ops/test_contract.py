@@ -15,7 +15,7 @@ from support import (
     packed_attention_case,
     spread,
 )
-from torch import Tensor
+from torch import Tensor, library
 
 from cmaclip_fast import ops
 from cmaclip_fast.ops import available_backends
@@ -60,7 +60,7 @@ def test_opcheck(name, dtype, layout, backend):
     case = case_of(name, backend)
     tolerance = {} if dtype == torch.float32 else {"atol": 3e-2, "rtol": 3e-2}
     operator = getattr(torch.ops.cmaclip, case.operator).default
-    torch.library.opcheck(operator, schema_arguments(case, dtype, layout, backend), **tolerance)
+    library.opcheck(operator, schema_arguments(case, dtype, layout, backend), **tolerance)
 
 
 @pytest.mark.parametrize("name", ["modality_pool", "pack_tokens", "packed_attention", "multitask_cross_entropy"])
