@@ -21,8 +21,9 @@ from cmaclip_fast.data.tokenizer import OpenClipTokenizer, Tokenizer
 from cmaclip_fast.distinct import distinct_images, distinct_texts
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.layers import Queries, Rows, linear
-from cmaclip_fast.modules import ModalityAttention, SequenceAttention, TaskHead
+from cmaclip_fast.modules import ModalityAttention, SequenceAttention
 from cmaclip_fast.pretrained import HuggingFaceText, TimmImage, with_other_towers
+from cmaclip_fast.systems import system_config
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.tiny import TinyCLIP
 from cmaclip_fast.towers import image_tower, text_tower
@@ -143,17 +144,7 @@ class CMACLIP(System):
         Raises:
             InputError: no task, or a task with fewer than two classes.
         """
-        super().__init__()
-        if not tasks:
-            raise InputError("a model needs at least one task: name a label column")
-        for task, classes in tasks.items():
-            if len(classes) < 2:
-                raise InputError(f"task '{task}' has {len(classes)} class(es): a task needs at least two")
-        self.config = config
-        self.tasks = {task: list(classes) for task, classes in tasks.items()}
-        self.preprocessing = preprocessing
-        self.tokenizer = tokenizer
-
+        super().__init__(config, tasks, preprocessing, tokenizer)
         self.image_tower = image_tower(clip.visual)
         self.text_tower = text_tower(clip.text)
         self.logit_scale = clip.logit_scale
@@ -170,16 +161,9 @@ class CMACLIP(System):
         if config.modality_attention:
             self.modality_attention = ModalityAttention(len(tasks), width, config.vectors == "task-and-modality")
         pooled = width if config.modality_attention else 2 * width
-        hidden = config.head_hidden or width
-        self.heads = self._heads(pooled, hidden)
+        self.heads = self.make_heads(pooled)
         if config.auxiliary_heads:
-            self.auxiliary_heads = nn.ModuleList([self._heads(width, hidden) for _ in ("text", "image")])
-
-    def _heads(self, width: int, hidden: int) -> nn.ModuleList:
-        # a list, since a task may bear any name and a module's name may not
-        return nn.ModuleList(
-            TaskHead(width, hidden, len(classes), self.config.head_dropout) for classes in self.tasks.values()
-        )
+            self.auxiliary_heads = nn.ModuleList([self.make_heads(width) for _ in ("text", "image")])
 
     def forward(self, batch: Batch, with_attention: bool = False, capacity: int | None = None) -> Output:
         """Classifies a batch.
@@ -208,8 +192,7 @@ class CMACLIP(System):
         embedding = self.norm(embedding) * batch.present[..., None]
         if not self.config.modality_attention:
             both = embedding.flatten(1)
-            logits = {task: head(both) for task, head in zip(self.tasks, self.heads, strict=True)}
-            return Output(logits, None, embedding, towers, attention)
+            return Output(self.classify(self.heads, both), None, embedding, towers, attention)
         pooled, weights = self.modality_attention(embedding, batch.present)
         # one unbind, not a slice for each: the gradient of every slice would be as large as all of `pooled`
         parts = zip(self.tasks, self.heads, pooled.unbind(1), strict=True)
@@ -279,19 +262,6 @@ class CMACLIP(System):
             return embedding, None
         return embedding, AttentionMaps(self.sequence_attention.last_weights(packed, rows), text_counts.long())
 
-    def auxiliary_logits(self, output: Output) -> list[dict[str, Tensor]]:
-        """What each tower says of each task alone, text first: `[B, C_task]`.
-
-        Raises:
-            ValueError: the model was built without auxiliary heads.
-        """
-        if not self.config.auxiliary_heads or output.towers is None:
-            raise ValueError("the model was built without auxiliary_heads")
-        return [
-            {task: head(tower) for task, head in zip(self.tasks, heads.children(), strict=True)}
-            for tower, heads in zip(output.towers.unbind(1), self.auxiliary_heads, strict=True)
-        ]
-
 
 def create_model(
     name: str,
@@ -313,30 +283,7 @@ def create_model(
     Raises:
         InputError: an unknown name, tag, or option; a checkpoint that does not fit the model.
     """
-    return build_model(model_config(name, options), tasks, pretrained, tokenizer)
-
-
-def model_config(name: str, options: Mapping[str, Any]) -> ModelConfig:
-    """The named model's defaults, changed by `options`.
-
-    Raises:
-        InputError: an unknown option, or a value that does not fit.
-    """
-    base = TINY if name == "tiny" else ModelConfig(name=name)
-    try:
-        return ModelConfig.model_validate({**base.model_dump(), **options})
-    except ValueError as error:
-        raise InputError(f"model options: {' '.join(str(error).split())}") from None
-
-
-def build_model(
-    config: ModelConfig,
-    tasks: Mapping[str, Sequence[str]],
-    pretrained: str | Path | None = None,
-    tokenizer: Tokenizer | None = None,
-) -> CMACLIP:
-    """As `create_model`, from a full `ModelConfig`."""
-    return CMACLIP(*build_clip(config, tasks, pretrained, tokenizer))
+    return CMACLIP(*build_clip(system_config(CMACLIP, name, options), tasks, pretrained, tokenizer))
 
 
 def build_clip(

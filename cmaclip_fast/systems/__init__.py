@@ -107,7 +107,8 @@ def build_system(
     """As `create_system`, from a class and a full configuration."""
     from cmaclip_fast.model import build_clip
 
-    return system(*build_clip(config, tasks, pretrained, tokenizer))
+    make: Any = system  # a system's class takes its towers too, which the interface leaves open
+    return make(*build_clip(config, tasks, pretrained, tokenizer))
 
 
 def create_system(

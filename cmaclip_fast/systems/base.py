@@ -61,6 +61,35 @@ class System(nn.Module):
     image_tower: Any
     text_tower: Any
     logit_scale: nn.Parameter
+    auxiliary_heads: nn.ModuleList
+
+    def __init__(
+        self, config: Any, tasks: Mapping[str, Sequence[str]], preprocessing: ImagePreprocessing, tokenizer: Tokenizer
+    ) -> None:
+        """
+        Raises:
+            InputError: no task, or a task with fewer than two classes.
+        """
+        super().__init__()
+        if not tasks:
+            raise InputError("a model needs at least one task: name a label column")
+        for task, classes in tasks.items():
+            if len(classes) < 2:
+                raise InputError(f"task '{task}' has {len(classes)} class(es): a task needs at least two")
+        self.config = config
+        self.tasks = {task: list(classes) for task, classes in tasks.items()}
+        self.preprocessing = preprocessing
+        self.tokenizer = tokenizer
+
+    def make_heads(self, width: int) -> nn.ModuleList:
+        """An MLP for each task, in their order, that reads `[B, width]`."""
+        hidden = self.config.head_hidden or self.config.width
+        # a list, since a task may bear any name and a module's name may not
+        return nn.ModuleList(TaskHead(width, hidden, len(c), self.config.head_dropout) for c in self.tasks.values())
+
+    def classify(self, heads: nn.Module, features: Tensor) -> dict[str, Tensor]:
+        """`features [B, width]` -> for each task `[B, C_task]`."""
+        return {task: head(features) for task, head in zip(self.tasks, heads.children(), strict=True)}
 
     def forward(self, batch: Batch, with_attention: bool = False) -> Output:
         """Classifies a batch; what is absent in it has no influence."""
@@ -73,11 +102,18 @@ class System(nn.Module):
     @property
     def has_auxiliary_heads(self) -> bool:
         """Whether `auxiliary_logits` can be asked for."""
-        return bool(getattr(self.config, "auxiliary_heads", False))
+        return all(self.modalities) and bool(getattr(self.config, "auxiliary_heads", False))
 
     def auxiliary_logits(self, output: Output) -> list[dict[str, Tensor]]:
-        """What each tower says of each task alone, text first: `[B, C_task]`."""
-        raise NotImplementedError
+        """What each tower says of each task alone, text first: `[B, C_task]`.
+
+        Raises:
+            ValueError: the system was built without auxiliary heads.
+        """
+        if not self.has_auxiliary_heads or output.towers is None:
+            raise ValueError("the system was built without auxiliary_heads")
+        towers = output.towers.unbind(1)
+        return [self.classify(heads, tower) for heads, tower in zip(self.auxiliary_heads, towers, strict=True)]
 
     def contrastive_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The towers' own embeddings of images and texts, each `[B, E]` and of length 1, as CLIP compares them."""
@@ -221,16 +257,7 @@ class TwoTowers(System):
         Raises:
             InputError: no task, or a task with fewer than two classes.
         """
-        super().__init__()
-        if not tasks:
-            raise InputError("a model needs at least one task: name a label column")
-        for task, classes in tasks.items():
-            if len(classes) < 2:
-                raise InputError(f"task '{task}' has {len(classes)} class(es): a task needs at least two")
-        self.config = config
-        self.tasks = {task: list(classes) for task, classes in tasks.items()}
-        self.preprocessing = preprocessing
-        self.tokenizer = tokenizer
+        super().__init__(config, tasks, preprocessing, tokenizer)
         if self.modalities[TEXT]:
             self.text_tower = text_tower(clip.text)
             self.text_projection = nn.Linear(self.text_tower.width, config.width)
@@ -242,19 +269,6 @@ class TwoTowers(System):
             if config.auxiliary_heads:
                 self.auxiliary_heads = nn.ModuleList([self.make_heads(config.width) for _ in ("text", "image")])
 
-    @property
-    def has_auxiliary_heads(self) -> bool:
-        return all(self.modalities) and self.config.auxiliary_heads
-
-    def make_heads(self, width: int) -> nn.ModuleList:
-        """An MLP for each task, in their order, that reads `[B, width]`."""
-        hidden = self.config.head_hidden or self.config.width
-        return nn.ModuleList(TaskHead(width, hidden, len(c), self.config.head_dropout) for c in self.tasks.values())
-
-    def classify(self, heads: nn.ModuleList, features: Tensor) -> dict[str, Tensor]:
-        """`features [B, width]` -> for each task `[B, C_task]`."""
-        return {task: head(features) for task, head in zip(self.tasks, heads, strict=True)}
-
     def encode(self, batch: Batch) -> Encoded:
         """Runs both towers and projects their tokens."""
         image = self.image_projection(self.image_tower(batch.images))
@@ -262,9 +276,3 @@ class TwoTowers(System):
         text, position = self.text_projection(tokens), self.text_position(lengths)
         rows = torch.arange(len(text), device=text.device)
         return Encoded(text, lengths, image, torch.stack([text[rows, position], image[:, 0]], dim=1), position)
-
-    def auxiliary_logits(self, output: Output) -> list[dict[str, Tensor]]:
-        if not self.has_auxiliary_heads or output.towers is None:
-            raise ValueError("the system was built without auxiliary_heads")
-        heads = zip(self.auxiliary_heads, (TEXT, IMAGE), strict=True)
-        return [self.classify(part, output.towers[:, modality]) for part, modality in heads]  # type: ignore[arg-type]

@@ -14,8 +14,9 @@ import typer
 from cmaclip_fast import cli
 from cmaclip_fast.data.named import PUBLIC
 from cmaclip_fast.fitting import TrainingConfig
-from cmaclip_fast.model import model_config
+from cmaclip_fast.model import CMACLIP
 from cmaclip_fast.recipes import read_recipe
+from cmaclip_fast.systems import system_config
 
 from .conftest import COLUMNS, Done
 
@@ -38,7 +39,7 @@ def test_ours_are_valid(path: Path) -> None:
     options = read_recipe(path, _parameters())
     assert (options["model"], options["pretrained"]) in open_clip.list_pretrained()
     model, training = cli._options(options["option"], ["cma-clip"])
-    model_config(options["model"], model)
+    system_config(CMACLIP, options["model"], model)
     names = set(TrainingConfig.model_fields) & set(options)
     TrainingConfig.model_validate({**training, **{name: options[name] for name in names}})
     first = next(line for line in path.read_text().splitlines() if "cmaclip train" in line)
