@@ -432,16 +432,7 @@ Read by name, the table has one column `text` and a column `language`, and a row
 
 The tags are those of the emoji without its skin tone, the same for both vendors: they say nothing of `tone` and
 `vendor`. They tell most of `category` and, by words such as 'man', of `gender`. Components (bare skin tones, hair) are
-left out, because their tags name a tone. Logistic regression on TF-IDF of the English tags, and the share of the most
-frequent class, on `test`:
-
-| task | text | most frequent |
-|---|---|---|
-| category | .812 | .626 |
-| subcategory | .466 | .128 |
-| tone | .167 | .167 |
-| vendor | .500 | .500 |
-| gender | .940 | .333 |
+left out, because their tags name a tone.
 
 ## Splits
 
