@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cmaclip_fast.ops import packed_attention
+from cmaclip_fast.ops import epilogue, packed_attention
 
 
 @dataclass
@@ -102,10 +102,9 @@ class Layer:
         A causal layer takes one query a row, the row's last token.
         """
         if self.norm_first:
-            x = self._attend(x, rows, causal, queries, self.norm_attention)
-            return _add(x, self._mlp(x, self.norm_mlp), self.after_mlp)
+            return self._process(self._attend(x, rows, causal, queries, self.norm_attention), self.norm_mlp)
         x = self.norm_attention(self._attend(x, rows, causal, queries, None))
-        return self.norm_mlp(_add(x, self._mlp(x, None), self.after_mlp))
+        return self.norm_mlp(self._process(x, None))
 
     def _attend(self, x: Tensor, rows: Rows, causal: bool, queries: Queries | None, norm: nn.Module | None) -> Tensor:
         """`x` plus what attention makes of it."""
@@ -123,16 +122,36 @@ class Layer:
         attended, _ = packed_attention(
             *(q, k, v, of_queries.cu_seqlens, rows.cu_seqlens, of_queries.longest, rows.longest), causal=causal
         )
-        return _add(x, linear(attended.flatten(1), self.out.weight, self.out.bias), self.after_attention)
+        tokens = attended.flatten(1)
+        return _add(x, lambda bias: linear(tokens, self.out.weight, bias), self.out.bias, self.after_attention)
 
-    def _mlp(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        hidden = recomputing_linear(norm, x, self.expand.weight, self.expand.bias)
+    def _process(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """`x` plus what the MLP makes of it."""
+        return _add(x, lambda bias: self._mlp(x, norm, bias), self.contract.bias, self.after_mlp)
+
+    def _mlp(self, x: Tensor, norm: nn.Module | None, bias: Tensor | None) -> Tensor:
+        expand, weight, quick = self.expand, self.contract.weight, epilogue.is_quick(self.activation)
+        if quick is not None and self.inside_mlp is None and epilogue.takes(x, expand.bias, weight):
+            hidden = recomputing_linear(norm, x, expand.weight, None)
+            if torch.is_grad_enabled():
+                return epilogue.bias_gelu_linear(hidden, expand.bias, weight, bias, quick)
+            return linear(epilogue.bias_gelu_(hidden, expand.bias, quick), weight, bias)
+        hidden = recomputing_linear(norm, x, expand.weight, expand.bias)
         if self.inside_mlp is not None:
-            return self.contract(self.inside_mlp(self.activation(hidden)))
-        return recomputing_linear(self.activation, hidden, self.contract.weight, self.contract.bias)
+            return F.linear(self.inside_mlp(self.activation(hidden)), weight, bias)
+        return recomputing_linear(self.activation, hidden, weight, bias)
 
 
-def _add(x: Tensor, branch: Tensor, after: Callable[[Tensor], Tensor] | None) -> Tensor:
+def _add(
+    x: Tensor,
+    product: Callable[[Tensor | None], Tensor],
+    bias: Tensor | None,
+    after: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """`x` plus a branch that ends with a product; `product` adds the bias that it is given."""
+    if bias is not None and after is None and epilogue.takes(x, bias):
+        return epilogue.add_branch(x, product(None), bias)
+    branch = product(bias)
     if after is not None:
         branch = after(branch)
     # in place where nothing else needs the branch
@@ -228,14 +247,15 @@ _LAID_OUT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _FEWEST_ROWS = 16
 
 
-def lay_out(weights: Iterable[Tensor], tokens: int = 1024) -> int:
+def lay_out(weights: Iterable[Tensor], tokens: int = 384) -> int:
     """Lays weights out once as the CPU's matrix library wants them, for products without gradients.
 
     A weight that is changed afterwards is used as it is.
 
     Args:
         weights: `[N, D]` float32 on the CPU; others are passed over.
-        tokens: about how many rows the products will have.
+        tokens: MKL chooses the layout by this number of rows. That for a few hundred serves more rows as well; one for
+            more rows than come costs up to half of the speed.
 
     Returns:
         Bytes that the copies take; 0 where PyTorch has no such library.

@@ -69,6 +69,12 @@ def implementation(
     return _implementation(operator, direction, backend, tensor.device.type, tensor.dtype, cannot)
 
 
+def uses_cpp() -> bool:
+    """Whether the CPU's compiled code runs where no backend is asked for by name: the extension loads."""
+    backend = requested(None) or os.environ.get("CMACLIP_BACKEND", "auto")
+    return backend in ("auto", "cpp") and extension_missing() is None
+
+
 @functools.cache
 def _implementation(
     operator: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -81,15 +82,22 @@ def _forward(
     label_smoothing: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_values(logits, labels, offsets)
+    checked = checks.values_are_checked(logits)
+    if checked:
+        _check_offsets(logits, offsets)
+        checks.not_nan("logits", logits)
     run = dispatch.implementation("multitask_cross_entropy", "forward", backend, logits)
-    return run(
+    found: tuple[Tensor, Tensor, Tensor] = run(
         logits.contiguous(),
         labels.contiguous(),
         offsets.contiguous(),
         None if class_weight is None else class_weight.contiguous(),
         label_smoothing,
     )
+    # a label past the last class makes a NaN, so labels need no look before
+    if checked and bool(found[0].isnan().any()):
+        _check_labels(labels, offsets)
+    return found
 
 
 @library.impl("cmaclip::multitask_cross_entropy_backward", "default")
@@ -117,22 +125,21 @@ def _backward(
     )
 
 
-def _check_values(logits: Tensor, labels: Tensor, offsets: Tensor) -> None:
-    if not checks.values_are_checked(logits):
-        return
+def _check_offsets(logits: Tensor, offsets: Tensor) -> None:
+    ends = offsets.tolist()
+    if ends[0] != 0 or ends[-1] != logits.shape[1] or not all(map(operator.lt, ends, ends[1:])):
+        raise ValueError(f"offsets must increase from 0 to the width of logits, {logits.shape[1]}, but is {ends}")
+
+
+def _check_labels(labels: Tensor, offsets: Tensor) -> None:
     classes = offsets.diff()
-    if int(offsets[0]) != 0 or int(offsets[-1]) != logits.shape[1] or bool((classes < 1).any()):
-        raise ValueError(
-            f"offsets must increase from 0 to the width of logits, {logits.shape[1]}, but is {offsets.tolist()}"
-        )
-    wrong = labels >= classes
-    if bool(wrong.any()):
-        row, task = wrong.nonzero()[0].tolist()
+    wrong = (labels >= classes).nonzero()
+    if len(wrong) > 0:
+        row, task = wrong[0].tolist()
         raise ValueError(
             f"labels must be less than the task's number of classes, {int(classes[task])}, "
             f"but is {int(labels[row, task])} in row {row}, task {task}"
         )
-    checks.not_nan("logits", logits)
 
 
 @library.register_fake("cmaclip::multitask_cross_entropy")

@@ -4,10 +4,7 @@
 template <typename T>
 inline Vec load_or(const T* p, int64_t count, float rest) {
   if (count >= kLanes) return load(p);
-  float part[kLanes];
-  store(part, load(p, count));
-  for (int64_t i = count; i < kLanes; ++i) part[i] = rest;
-  return load(part);
+  return lane_numbers() < static_cast<int32_t>(count) ? load(p, count) : splat(rest);
 }
 
 template <typename T>

@@ -113,12 +113,6 @@ __attribute__((noinline)) void unpack(int64_t rows, int64_t size, const float* f
       store(to + r * stride + e, factor * load(from + r * padded + e), size - e);
 }
 
-inline IntVec lane_numbers() {
-  IntVec lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane;
-}
-
 // A block of scores: keys from `key`, queries from `query`, [keys, width]. A query sees the keys up to its own number
 // plus `offset`.
 struct ScoreBlock {

@@ -11,6 +11,8 @@
 
 #if defined(__x86_64__)
 
+#include <immintrin.h>
+
 #define CMACLIP_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
 #define CMACLIP_BEGIN_TARGET(features) \

@@ -34,13 +34,43 @@ inline void store(torch::headeronly::BFloat16* p, Vec x) {
   *reinterpret_cast<UnalignedHalfBitVec*>(p) = __builtin_convertvector(result, HalfBitVec);
 }
 
-// The first `count` elements, the other lanes 0.
+inline IntVec lane_numbers() {
+  IntVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane;
+}
+
+// The first `count` elements, the other lanes 0. A copy on the stack would stall the load that follows it, so x86 masks.
+inline Vec load(const float* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+#if defined(__x86_64__) && CMACLIP_LANES == 16
+  return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#elif defined(__x86_64__) && CMACLIP_LANES == 8
+  return (Vec)_mm256_maskload_ps(p, (__m256i)(lane_numbers() < static_cast<int32_t>(count)));
+#else
+  float part[kLanes] = {};
+  std::memcpy(part, p, count * sizeof(float));
+  return load(part);
+#endif
+}
+
 template <typename T>
 inline Vec load(const T* p, int64_t count) {
   if (count >= kLanes) return load(p);
   T part[kLanes] = {};
   std::memcpy(part, p, count * sizeof(T));
   return load(part);
+}
+
+inline void store(float* p, Vec x, int64_t count) {
+  if (count >= kLanes) return store(p, x);
+#if defined(__x86_64__) && CMACLIP_LANES == 16
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)x);
+#elif defined(__x86_64__) && CMACLIP_LANES == 8
+  _mm256_maskstore_ps(p, (__m256i)(lane_numbers() < static_cast<int32_t>(count)), (__m256)x);
+#else
+  std::memcpy(p, &x, count * sizeof(float));
+#endif
 }
 
 template <typename T>
@@ -51,24 +81,32 @@ inline void store(T* p, Vec x, int64_t count) {
   std::memcpy(p, part, count * sizeof(T));
 }
 
-inline float sum(Vec x) {
-  float parts[kLanes];
-  std::memcpy(parts, &x, sizeof(x));
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
-  return parts[0];
-}
-
-inline float greatest(Vec x) {
-  float parts[kLanes];
-  std::memcpy(parts, &x, sizeof(x));
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) parts[i] = parts[i] < parts[i + half] ? parts[i + half] : parts[i];
-  return parts[0];
-}
-
 inline Vec greater(Vec a, Vec b) {
   return a > b ? a : b;
+}
+
+// Lane j takes lane `(j + Steps) % kLanes`.
+template <int Steps, int... J>
+inline Vec rotate(Vec x, std::integer_sequence<int, J...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, x, ((J + Steps) % kLanes)...);
+#else
+  return __builtin_shuffle(x, IntVec{((J + Steps) % kLanes)...});
+#endif
+}
+
+template <int Half = kLanes / 2>
+inline float sum(Vec x) {
+  x += rotate<Half>(x, std::make_integer_sequence<int, kLanes>{});
+  if constexpr (Half > 1) return sum<Half / 2>(x);
+  return x[0];
+}
+
+template <int Half = kLanes / 2>
+inline float greatest(Vec x) {
+  x = greater(rotate<Half>(x, std::make_integer_sequence<int, kLanes>{}), x);
+  if constexpr (Half > 1) return greatest<Half / 2>(x);
+  return x[0];
 }
 
 // For each lane j, the lane of `a` and `b` one after the other that a step of `transpose` takes.
