@@ -1,6 +1,7 @@
 # make demo     install, train on the embedded data, print the results and the path of the report
 # make test     install, then check style and types and run all tests
 # make results  train three seeds and write docs/results.md
+# make compare  build the emoji data, train all systems on two data sets, three seeds each, and write docs/results.md
 # make mutants  put faults into the CUDA and Triton kernels, one at a time: each must make a test fail
 # make bench    time the model and the operators on this machine's CPU against what people run today
 # make gpu      run the tests that need an NVIDIA GPU and time the operators, or say that nothing was run
@@ -16,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.installed-bench
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: install demo results tables test mutants bench gpu lint clean
+.PHONY: install demo results compare tables test mutants bench gpu lint clean
 
 install: $(INSTALLED)
 
@@ -31,10 +32,15 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(BIN)/cmaclip env
 
 demo: install
-	$(BIN)/python benchmarks/accuracy.py $(SEEDS:%=--seeds %) --runs $(RUNS)
+	$(BIN)/python -m benchmarks.accuracy $(SEEDS:%=--seeds %) --runs $(RUNS)
 
 results: install
-	$(BIN)/python benchmarks/accuracy.py --seeds 0 --seeds 1 --seeds 2 --runs $(RUNS) --write docs/results.md
+	$(BIN)/python -m benchmarks.accuracy --seeds 0 --seeds 1 --seeds 2 --runs $(RUNS) --write docs/results.md
+
+compare: install
+	$(BIN)/cmaclip data show emoji >/dev/null 2>&1 || $(BIN)/cmaclip data build emoji
+	$(BIN)/cmaclip compare --data openclipart --data emoji --quick --output benchmarks/results/compare
+	$(BIN)/python -m benchmarks.page benchmarks/results/compare/comparison.md docs/results.md "make compare"
 
 tables: install
 	$(BIN)/python -m benchmarks.kernel_tables
@@ -47,7 +53,7 @@ mutants: install
 
 bench: $(PEERS)
 	$(BIN)/cmaclip bench --output benchmarks/results --floors benchmarks/floors.json
-	$(BIN)/python benchmarks/page.py benchmarks/results docs/performance.md
+	$(BIN)/python -m benchmarks.page benchmarks/results/performance.md docs/performance.md "make bench"
 	$(BIN)/python benchmarks/operators.py --write benchmarks/results
 
 # the systems that ours is compared with; no test needs them

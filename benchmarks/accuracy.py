@@ -1,6 +1,6 @@
 """Trains `tiny` on the embedded data for some seeds, explains a few test rows, and prints what it reached.
 
-    python benchmarks/accuracy.py --seeds 0 --seeds 1 --runs runs --write docs/results.md
+    python -m benchmarks.accuracy --seeds 0 --seeds 1 --runs runs --write docs/results.md
 
 A seed whose folder is there already is not trained again; a run that was interrupted goes on.
 """
@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.page import insert
 from cmaclip_fast.artifact import METRICS, load_config, load_model, partial_directory, versions
 from cmaclip_fast.data import read_table
 from cmaclip_fast.explanation import explain
@@ -37,7 +38,7 @@ console = Console()
 def main(
     seeds: Annotated[list[int], typer.Option(help="Seeds to train.")],
     runs: Annotated[Path, typer.Option(help="Folder of the artefacts.")] = Path("runs"),
-    write: Annotated[Path | None, typer.Option(help="Also write the results here, as Markdown.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Also put the results between the marks of this page.")] = None,
 ) -> None:
     records = [record(runs / f"openclipart-{seed}", seed) for seed in seeds]
     console.print(summary(records, seeds))
@@ -48,7 +49,7 @@ def main(
             f"seed {seed}: a few test rows explained {folder / 'explain.html'}", soft_wrap=True, highlight=False
         )
     if write is not None:
-        write.write_text(markdown(records, seeds, runs), encoding="utf-8")
+        insert(write, "make results", markdown(records, seeds, runs))
         console.print(f"wrote {write}", highlight=False)
 
 
@@ -114,12 +115,6 @@ def markdown(records: list[dict[str, Any]], seeds: list[int], runs: Path) -> str
     minutes = statistics.fmean(record["seconds"] for record in records) / 60
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = [
-        "# Results",
-        "",
-        "Every figure here is printed by a command of this repository, named beside it.",
-        "",
-        "## openclipart, from scratch",
-        "",
         f"`make results`: `{config.model.name}`, trained on the train split alone, no pretrained weights; accuracy",
         f"on the 626 test rows, mean and deviation of the seeds {', '.join(map(str, seeds))}. The label `color` is",
         "derived from the pixels, not annotated. *Text alone* and *image alone*: the same model, the other modality",

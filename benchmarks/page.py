@@ -1,6 +1,6 @@
-"""Puts the tables that `cmaclip bench` wrote between the marks of `docs/performance.md`.
+"""Puts the tables that a command wrote between its marks on a page of the documentation.
 
-python benchmarks/page.py benchmarks/results docs/performance.md
+python -m benchmarks.page benchmarks/results/performance.md docs/performance.md "make bench"
 """
 
 from __future__ import annotations
@@ -12,21 +12,27 @@ from typing import Annotated
 
 import typer
 
-BEGIN, END = "<!-- the tables of `make bench` begin -->", "<!-- the tables of `make bench` end -->"
-
 
 def main(
-    results: Annotated[Path, typer.Argument(help="The folder that `cmaclip bench` wrote.")],
+    tables: Annotated[Path, typer.Argument(help="What the command wrote, as Markdown.")],
     page: Annotated[Path, typer.Argument(help="The page with the marks.")],
+    command: Annotated[str, typer.Argument(help="The command that the marks name.")],
 ) -> None:
-    tables = (results / "performance.md").read_text(encoding="utf-8").strip()
-    # the picture is seen from the page, and the page's own headings stand above the tables'
-    folder = os.path.relpath(results, page.parent)
-    tables = tables.replace("](performance.png)", f"]({Path(folder, 'performance.png').as_posix()})")
-    tables = re.sub(r"^(#+) ", r"#\1 ", tables, flags=re.MULTILINE)
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", encoding="utf-8")
+    text = tables.read_text(encoding="utf-8").strip()
+    # pictures are seen from the page, and the page's own headings stand above the tables'
+    folder = Path(os.path.relpath(tables.parent, page.parent)).as_posix()
+    text = re.sub(r"\]\(([^():#]+\.png)\)", rf"]({folder}/\1)", text)
+    insert(page, command, re.sub(r"^(#+) ", r"#\1 ", text, flags=re.MULTILINE))
+
+
+def insert(page: Path, command: str, text: str) -> None:
+    """Replaces what stands between the marks of `command` on a page."""
+    begin, end = f"<!-- the tables of `{command}` begin -->", f"<!-- the tables of `{command}` end -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise SystemExit(f"{page}: has no marks of `{command}`: write '{begin}' and '{end}' where its tables belong")
+    page.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

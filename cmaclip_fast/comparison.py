@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from cmaclip_fast.artifact import load_model, partial_directory, versions
+from cmaclip_fast.comparison_pictures import draw_attention
 from cmaclip_fast.cost import forward_flops, parameters
 from cmaclip_fast.data.check import RowPolicy, check_rows
 from cmaclip_fast.data.examples import Examples
@@ -26,6 +27,7 @@ from cmaclip_fast.data.table import Table
 from cmaclip_fast.data.tokenizer import TrainedTokenizer
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import Classified, classify
+from cmaclip_fast.explanation import explain
 from cmaclip_fast.files import write_json
 from cmaclip_fast.systems import create_system, find_system
 from cmaclip_fast.systems.base import System
@@ -50,6 +52,8 @@ SYSTEMS = (
 """What is compared unless others are named; the first is what the others are tested against."""
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
+SHOWN_ROWS = 6
+"""Test rows whose attention maps are drawn."""
 STRENGTHS = {"image-blur": (0.02, 0.05, 0.1, 0.2), "image-noise": (0.1, 0.25, 0.5, 1.0)}
 """Levels at which a kind of damage is measured: shares of rows, or of `STRENGTHS` strengths."""
 
@@ -171,6 +175,11 @@ def record_path(output: Path, data: str, system: str, seed: int) -> Path:
     return output / "records" / data / f"{system}-{seed}.json"
 
 
+def attention_path(output: Path, data: str, system: str) -> Path:
+    """Where the attention maps of a system with such maps are kept; those of the first seed."""
+    return output / "attention" / data / f"{system}.png"
+
+
 def read_record(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The record of a finished run, or None.
 
@@ -259,6 +268,10 @@ def _run(
     )
     result = train(run, Console(quiet=True))
     model = load_model(folder)
+    if seed == comparison.seeds[0]:
+        picture = attention_path(comparison.output, data, system)
+        views = explain(model, splits["test"].select(range(min(SHOWN_ROWS, len(splits["test"])))))
+        draw_attention(views, picture)
     record = {
         "data": data,
         "system": system,

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from matplotlib import colormaps
@@ -67,6 +68,11 @@ def write_page(records: Sequence[Record], output: Path, command: str, target_pre
             lines += [f"![Accuracy against damage of the test rows](robustness-{name}.png)", ""]
             if _draw_weights(curves, output / f"weights-{name}.png"):
                 lines += [f"![The text's weight against damage of the test rows](weights-{name}.png)", ""]
+        maps = [s for s in _unique(r["system"] for r in part) if (output / "attention" / data / f"{s}.png").is_file()]
+        if maps:
+            lines += ["### Where the title's most relevant token looks", ""]
+        for system in maps:
+            lines += [f"{system}:", "", f"![Attention over the patches](attention/{quote(data)}/{system}.png)", ""]
     numbers["records"] = list(records)
     write_json(output / NUMBERS, numbers)
     path = output / PAGE

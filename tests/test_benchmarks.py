@@ -33,8 +33,12 @@ def test_page_takes_the_tables_between_its_marks_and_again(tmp_path):
     page.write_text("# Title\n\n" + "\nold\n".join(marks) + "\n\nbehind\n")
     for number in ("1.5", "1.7"):
         (results / "performance.md").write_text(f"![speed](performance.png)\n\n## Table\n\n| {number} |\n")
-        subprocess.run([sys.executable, SCRIPT.with_name("page.py"), results, page], check=True)
+        command = [sys.executable, "-m", "benchmarks.page", results / "performance.md", page, "make bench"]
+        subprocess.run(command, check=True, cwd=SCRIPT.parents[1])
         text = page.read_text()
         assert text.startswith("# Title") and text.endswith("behind\n") and "old" not in text
         assert "](../results/performance.png)" in text and "### Table" in text and f"| {number} |" in text
     assert "| 1.5 |" not in text
+    command[-1] = "make other"
+    done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1])
+    assert done.returncode == 1 and "has no marks of `make other`" in done.stderr and page.read_text() == text

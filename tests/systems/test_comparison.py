@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -15,9 +16,11 @@ from rich.console import Console
 from cmaclip_fast import InputError
 from cmaclip_fast.comparison import Comparison, _classify, compare, curve, prepare, record_path
 from cmaclip_fast.comparison_page import summary, welch, write_page
+from cmaclip_fast.comparison_pictures import most_relevant_token
 from cmaclip_fast.cost import forward_flops, parameters
 from cmaclip_fast.data import Columns, TrainedTokenizer, class_names, read_table
 from cmaclip_fast.data.noise import Noise, add_noise
+from cmaclip_fast.report import ExampleView
 from cmaclip_fast.systems import create_system
 
 from ..cli.conftest import Done, cmaclip, write_data
@@ -130,6 +133,23 @@ def test_the_page(comparison: Comparison, records: list[dict[str, Any]], tmp_pat
     for picture in ("robustness-shapes.png", "weights-shapes.png"):
         assert f"]({picture})" in page and (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert len(numbers["records"]) == len(records)
+
+
+def test_attention_is_drawn_for_the_first_seed_of_systems_that_have_it(
+    comparison: Comparison, records: list[dict[str, Any]]
+) -> None:
+    pictures = sorted(path.name for path in (comparison.output / "attention" / "shapes").iterdir())
+    assert pictures == ["cma-clip.png"]
+    page = write_page(records, comparison.output, "cmaclip compare ...").read_text()
+    assert "](attention/shapes/cma-clip.png)" in page and "](attention/shapes/bert.png)" not in page
+
+
+def test_the_most_relevant_token_is_no_start_or_end() -> None:
+    relevance = np.array([0.4, 0.1, 0.2, 0.3])
+    view = ExampleView(0, "", None, "two words", ["<s>", "two", "words", "</s>"], text_global_to_token=relevance)
+    assert most_relevant_token(view) == 2
+    view = ExampleView(0, "", None, "", ["<s>", "</s>"], text_global_to_token=relevance[[1, 2]])
+    assert most_relevant_token(view) == 1
 
 
 def test_significance() -> None:

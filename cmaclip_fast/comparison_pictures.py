@@ -1,0 +1,52 @@
+"""Attention maps of a comparison's test rows, as in the paper's figure 2."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cmaclip_fast.report import ExampleView
+
+CAPTION_WIDTH = 24
+
+
+def draw_attention(views: Sequence[ExampleView], path: Path) -> bool:
+    """Each row's picture, and on it the attention that its title's most relevant token gives to the patches.
+
+    Returns:
+        False, and nothing is drawn, if no row has such a map.
+    """
+    shown = [view for view in views if view.token_to_patch is not None and view.image is not None]
+    if not shown:
+        return False
+    figure = Figure(figsize=(1.9 * len(shown), 4.4), layout="constrained")
+    axes = figure.subplots(2, len(shown), squeeze=False)
+    for column, view in enumerate(shown):
+        token = most_relevant_token(view)
+        assert view.token_to_patch is not None and view.image is not None
+        for row in range(2):
+            axes[row, column].imshow(view.image)
+            axes[row, column].set_axis_off()
+        heat = Image.fromarray(view.token_to_patch[token].astype(np.float32)).resize(
+            view.image.size, Image.Resampling.BICUBIC
+        )
+        axes[1, column].imshow(np.asarray(heat), cmap="inferno", alpha=0.6)
+        title = textwrap.shorten(view.text or "", 2 * CAPTION_WIDTH, placeholder=" …")
+        axes[0, column].set_title(textwrap.fill(title, CAPTION_WIDTH), fontsize=7)
+        axes[1, column].set_title(view.tokens[token], fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def most_relevant_token(view: ExampleView) -> int:
+    """The token that the text's global one attends to most, the start and end tokens left out."""
+    relevance = view.text_global_to_token
+    assert relevance is not None
+    inner = range(1, len(relevance) - 1) if len(relevance) > 2 else range(len(relevance))
+    return max(inner, key=lambda token: float(relevance[token]))
