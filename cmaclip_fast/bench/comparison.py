@@ -27,7 +27,6 @@ WHOLE = 32
 CHECKED_ROWS = 8
 LEARNING_RATE = 0.0
 """AdamW does all its work, and every system keeps the same weights."""
-MATMUL = "matrix multiply"
 
 
 @dataclass(frozen=True)
@@ -175,12 +174,15 @@ class Comparison:
             for name in dict.fromkeys([*wanted, baseline])
         }
         rate = MatmulRate(self.machine.device, self.machine.dtype)
-        runs[MATMUL] = rate.run
         times = alternate(
-            runs, measurement.seconds, max(measurement.least, 1), device=self.machine.device, advance=advance
+            runs,
+            measurement.seconds,
+            max(measurement.least, 1),
+            device=self.machine.device,
+            advance=advance,
+            between=rate.measure,
         )
-        limit = rate.limit(times.pop(MATMUL))
-        return self._summary(workload, batches, times, baseline, limit, not_run)
+        return self._summary(workload, batches, times, baseline, rate.limit, not_run)
 
     def close(self) -> None:
         for system in self._systems.values():

@@ -59,7 +59,7 @@ FULL = Plan(
             B32,
             32,
             True,
-            (Measurement(Texts.product, TRAINING, 150, least=2), Measurement(Texts.full, PADDED, 0, least=2)),
+            (Measurement(Texts.product, TRAINING, 150, least=3), Measurement(Texts.full, PADDED, 0, least=2)),
         ),
         Group(B16, 1, False, (Measurement(Texts.product, EAGER, 20, least=8),)),
         Group(B16, 32, False, (Measurement(Texts.product, PADDED, 0, least=2),)),

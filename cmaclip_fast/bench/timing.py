@@ -46,6 +46,7 @@ def alternate(
     most: int = 200,
     device: str = "cpu",
     advance: Callable[[float], Any] = lambda share: None,
+    between: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of each run of each system: all run once in every round, each round begun by the next of them.
 
@@ -53,6 +54,7 @@ def alternate(
 
     Args:
         advance: called after every round with the share of the work that was done in it.
+        between: called before each run of a system, and not timed with it.
     """
     wait, names = waiter(device), list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -61,6 +63,7 @@ def alternate(
     while number < least or (number < most and time.perf_counter() - begin < seconds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
+            between()
             wait()
             start = time.perf_counter()
             runs[name](number)
@@ -77,10 +80,7 @@ def alternate(
 
 
 class MatmulRate:
-    """The machine's own rate of multiplying matrices, measured in turn with the systems.
-
-    Pass `run` to `alternate` as one more system, and its times to `limit`.
-    """
+    """The machine's own rate of multiplying matrices, measured between the systems: pass `measure` to `alternate`."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         scale = GPU_SCALE if device.startswith("cuda") else 1
@@ -90,14 +90,22 @@ class MatmulRate:
             (torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype))
             for m, k, n in sizes
         ]
+        self._seconds: list[list[float]] = [[] for _ in sizes]
+        self._wait = waiter(device)
         for a, b in self._factors:
             a @ b
 
-    def run(self, number: int) -> torch.Tensor:
-        a, b = self._factors[number % len(self._factors)]
-        return a @ b
+    def measure(self) -> None:
+        """One product of each shape."""
+        for (a, b), seconds in zip(self._factors, self._seconds, strict=True):
+            self._wait()
+            start = time.perf_counter()
+            a @ b
+            self._wait()
+            seconds.append(time.perf_counter() - start)
 
-    def limit(self, times: Sequence[float]) -> float:
+    @property
+    def limit(self) -> float:
         """GFLOP/s: the median of the shape whose median is best."""
-        shapes = range(min(len(self._operations), len(times)))
-        return max(self._operations[i] / statistics.median(times[i :: len(self._operations)]) / 1e9 for i in shapes)
+        medians = map(statistics.median, self._seconds)
+        return max(count / seconds / 1e9 for count, seconds in zip(self._operations, medians, strict=True))

@@ -24,7 +24,7 @@ from .conftest import MACHINE
 PEERS = ("ours", "plain", "longest")
 PLAN = Plan(
     groups=(
-        Group(SMALL, 2, False, (Measurement(Texts.product, PEERS, 0, 2), Measurement(Texts.full, PEERS, 0, 1))),
+        Group(SMALL, 2, False, (Measurement(Texts.product, PEERS, 0, 3), Measurement(Texts.full, PEERS, 0, 1))),
         Group(SMALL, 2, True, (Measurement(Texts.product, ("ours", "plain"), 0, 1),)),
     ),
     steps_seconds=0.01,
@@ -75,7 +75,9 @@ def test_systems_take_turns_and_none_always_begins() -> None:
     order: list[str] = []
     shares: list[float] = []
     runs = {name: lambda number, name=name: order.append(f"{name}{number}") for name in "ab"}
-    times = alternate(runs, 0, least=3, advance=shares.append)
+    between: list[int] = []
+    times = alternate(runs, 0, least=3, advance=shares.append, between=lambda: between.append(len(order)))
+    assert between == [0, 1, 2, 3, 4, 5]
     assert order == ["a0", "b0", "b1", "a1", "a2", "b2"]
     assert {name: len(taken) for name, taken in times.items()} == {"a": 3, "b": 3}
     assert sum(shares) == pytest.approx(1)
@@ -85,17 +87,21 @@ def test_spread_and_limit() -> None:
     assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
     assert Spread.of([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == Spread(2.0, 3.5, 5.0)
     rate = MatmulRate("cpu", MACHINE.dtype)
-    # one second each for the first two shapes, a hundred for the third: the second has the most operations a second
-    assert rate.limit([1.0, 1.0, 100.0]) == pytest.approx(2 * 1600 * 768 * 3072 / 1e9)
+    rate.measure()
+    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in rate._seconds)
+    # medians: one second for the first two shapes, a hundred for the third: the second has the most operations a second
+    rate._seconds = [[1.0], [1.0, 9.0, 0.1], [100.0]]
+    assert rate.limit == pytest.approx(2 * 1600 * 768 * 3072 / 1e9)
 
 
-def row(system: str, milliseconds: float) -> Row:
-    spread = Spread(milliseconds, milliseconds, milliseconds)
-    return Row(system, system, spread, 1e3 / milliseconds, Spread(1, 1, 1), 50.0, 0.5, 3)
+def row(system: str, milliseconds: float, rounds: int = 3) -> Row:
+    spread, speedup = Spread(milliseconds, milliseconds, milliseconds), Spread(150, 190, 200)
+    ratios = Spread(*(value / milliseconds for value in (speedup.p20, speedup.median, speedup.p80)))
+    return Row(system, system, spread, 1e3 / milliseconds, ratios, 50.0, 0.5, rounds)
 
 
-def made_up() -> Report:
-    rows = [row("ours", 100.0), row("plain", 190.0)]
+def made_up(rounds: int = 3) -> Report:
+    rows = [row("ours", 100.0, rounds), row("plain", 190.0, rounds)]
     table = Table("a workload", SMALL, "product titles", 1, False, 20.0, 1.0, {"77": 2.0}, 100.0, "plain", rows, {})
     memory = [Memory("a step", name, name, 2, 100, 60, size, 50) for name, size in (("ours", 50), ("plain", 100))]
     parts = [Part("modality_pool", "forward", Spread(1, 1, 1), Spread(5, 5, 5), 5.0)]
@@ -105,20 +111,20 @@ def made_up() -> Report:
 def test_guard_names_what_is_below_its_floor(tmp_path: Path) -> None:
     report = made_up()
     assert guard.figures(report) == {
-        "a workload: speed over 'plain'": 1.9,
-        "a workload: share of the limit": 0.5,
-        "a step: memory of 'plain' over ours": 2.0,
-        "modality_pool, forward: speed over the loop": 5.0,
+        "a workload: speed over 'plain'": guard.Figure(1.9, 1.5),
+        "a step: memory of 'plain' over ours": guard.Figure(2.0, 2.0),
+        "modality_pool, forward: speed over the loop": guard.Figure(5.0, 5.0),
     }
-    floors = {"a workload: speed over 'plain'": 1.95, "a workload: share of the limit": 0.5, "not measured": 9.0}
+    assert "a workload: speed over 'plain'" not in guard.figures(made_up(rounds=2))
+    floors = {"a workload: speed over 'plain'": 1.95, "a step: memory of 'plain' over ours": 2.0, "not measured": 9.0}
     assert guard.below(report, floors) == ["a workload: speed over 'plain': 1.90 is below its floor 1.95"]
     assert guard.below(report, {"a workload: speed over 'plain'": 1.9}) == []
     path = tmp_path / "floors.json"
     path.write_text(json.dumps({"cuda": {"x": 1.0}, "cpu": {"not measured": 9.0}}))
-    assert guard.record(report, path) == 4
+    assert guard.record(report, path) == 3
     assert json.loads(path.read_text())["cuda"] == {"x": 1.0}
     floors = guard.read_floors(path, "cpu")
-    assert floors["a workload: speed over 'plain'"] == 1.71 and floors["not measured"] == 9.0
+    assert floors["a workload: speed over 'plain'"] == 1.35 and floors["not measured"] == 9.0
     assert guard.below(report, floors) == [] and guard.read_floors(path, "cuda:1") == {"x": 1.0}
     path.write_text("[]")
     with pytest.raises(InputError, match=r"floors\.json: is no file of floors"):

@@ -11,6 +11,7 @@ import pytest
 
 from cmaclip_fast.bench import run
 from cmaclip_fast.bench.comparison import Group, Measurement
+from cmaclip_fast.bench.guard import FEWEST_ROUNDS
 from cmaclip_fast.bench.plan import QUICK
 from cmaclip_fast.bench.workloads import SMALL, Texts
 
@@ -22,8 +23,8 @@ NAME = f"{SMALL}, inference at batch 1, product titles"
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--quick` measures one table, with one round."""
-    group = Group(SMALL, 1, False, (Measurement(Texts.product, ("ours", "plain"), 0, 1),))
+    """`--quick` measures one table, with as many rounds as are guarded."""
+    group = Group(SMALL, 1, False, (Measurement(Texts.product, ("ours", "plain"), 0, FEWEST_ROUNDS),))
     nothing = {"batches": (), "lengths": (), "tasks": (), "classes": (), "part_seconds": 0, "loader_seconds": 0}
     monkeypatch.setattr(run, "QUICK", replace(QUICK, groups=(group,), **nothing))
 
@@ -41,11 +42,13 @@ def test_bench_fails_below_a_floor_and_names_it(cmaclip: Run, quick: None, tmp_p
     floors.write_text("{}")
     assert cmaclip(*options, "--record").code == 0
     recorded = json.loads(floors.read_text())["cpu"]
-    assert set(recorded) == {f"{NAME}: speed over 'plain, padded to 77'", f"{NAME}: share of the limit"}
-    floors.write_text(json.dumps({"cpu": {f"{NAME}: share of the limit": 2.0}}))
+    speed = f"{NAME}: speed over 'plain, padded to 77'"
+    assert set(recorded) == {speed}
+    floors.write_text(json.dumps({"cpu": {speed: 1e6}}))
     done = cmaclip(*options)
     assert done.code == 1
-    assert done.err.splitlines()[-1].startswith(f"error: {NAME}: share of the limit: 0.")
+    assert done.err.splitlines()[-1].startswith(f"error: {speed}: ")
+    assert done.err.endswith("is below its floor 1000000.00\n")
 
 
 def test_wrong_options_end_with_one_line(cmaclip: Run, tmp_path: Path) -> None:
