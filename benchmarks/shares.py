@@ -23,9 +23,9 @@ KINDS = {
     "products of matrices": r"::(addmm|mm|_addmm_activation|_mkl_linear)$",
     "attention": r"attention|softmax|rescale_qkv|::bmm$",
     "copies, the bias of products among them": r"::copy_$",
-    "activation": r"gelu",
+    "activation, with the bias before it": r"gelu",
     "norms": r"layer_norm",
-    "sums": r"::add_?$",
+    "sums": r"::(add_?|_add_branch_cpp)$",
     "patch embedding": r"convolution",
 }
 """What the names of a kind's operators match; the first kind that fits has an operator."""

@@ -465,7 +465,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 @app.command()
 def bench(
     output: Annotated[Path, typer.Option(help="Folder of page, numbers and picture.")] = Path("runs/bench"),
-    quick: Annotated[bool, typer.Option("--quick", help="Three minutes instead of half an hour.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Three minutes instead of 45.")] = False,
     only: Annotated[
         str, typer.Option(help="Only what has this in its name; after a `/`, only systems with that in theirs.")
     ] = "",
