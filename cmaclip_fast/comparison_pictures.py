@@ -15,15 +15,14 @@ from cmaclip_fast.report import ExampleView
 CAPTION_WIDTH = 24
 
 
-def draw_attention(views: Sequence[ExampleView], path: Path) -> bool:
+def draw_attention(views: Sequence[ExampleView], path: Path) -> None:
     """Each row's picture, and on it the attention that its title's most relevant token gives to the patches.
 
-    Returns:
-        False, and nothing is drawn, if no row has such a map.
+    Nothing is drawn if no row has such a map.
     """
     shown = [view for view in views if view.token_to_patch is not None and view.image is not None]
     if not shown:
-        return False
+        return
     figure = Figure(figsize=(1.9 * len(shown), 4.4), layout="constrained")
     axes = figure.subplots(2, len(shown), squeeze=False)
     for column, view in enumerate(shown):
@@ -41,7 +40,6 @@ def draw_attention(views: Sequence[ExampleView], path: Path) -> bool:
         axes[1, column].set_title(view.tokens[token], fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    return True
 
 
 def most_relevant_token(view: ExampleView) -> int:

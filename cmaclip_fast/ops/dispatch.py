@@ -63,16 +63,19 @@ def implementation(
 
     `cannot` names backends that this call's shapes rule out, each with the reason.
     """
-    if not backend:
-        backend = os.environ.get("CMACLIP_BACKEND", "auto")
-        _check_name(backend, "the environment variable CMACLIP_BACKEND")
-    return _implementation(operator, direction, backend, tensor.device.type, tensor.dtype, cannot)
+    return _implementation(operator, direction, _decided(backend), tensor.device.type, tensor.dtype, cannot)
 
 
 def uses_cpp() -> bool:
-    """Whether the CPU's compiled code runs where no backend is asked for by name: the extension loads."""
-    backend = requested(None) or os.environ.get("CMACLIP_BACKEND", "auto")
-    return backend in ("auto", "cpp") and extension_missing() is None
+    """Whether the CPU's compiled code is to run, by `use_backend` and `CMACLIP_BACKEND`, and the extension loads."""
+    return _decided(requested(None)) in ("auto", "cpp") and extension_missing() is None
+
+
+def _decided(backend: str) -> str:
+    if not backend:
+        backend = os.environ.get("CMACLIP_BACKEND", "auto")
+        _check_name(backend, "the environment variable CMACLIP_BACKEND")
+    return backend
 
 
 @functools.cache
