@@ -384,13 +384,22 @@ def compare(
     image_tower: ImageTowerOption = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training rows, the same for all.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="At most so many training rows.")] = None,
+    test_rows: Annotated[int | None, typer.Option(min=1, help="At most so many test rows.")] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(help="NAME=VALUE of `TrainingConfig`, or of the systems that have it, such as `depth=2`; repeat."),
     ] = None,
+    attempt: Annotated[
+        list[str] | None,
+        typer.Option("--try", help="NAME=VALUE,…: a setting to try; repeat. The best by validation is taken."),
+    ] = None,
     training_noise: Annotated[
         str | None, typer.Option(help="KIND:LEVEL, damage to the training rows, as for `evaluate --noise`.")
     ] = None,
+    train_on: Annotated[
+        str | None, typer.Option(help="COLUMN=VALUE: train on these rows alone, such as `language=en`; test on all.")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Column whose values are also measured one by one.")] = None,
     precision: Annotated[float, typer.Option(min=0.01, max=1.0, help="Target of recall at a precision.")] = 0.9,
     image_dir: ImageDirOption = None,
     split_column: SplitColumnOption = None,
@@ -399,6 +408,7 @@ def compare(
     keep_models: Annotated[
         bool, typer.Option("--keep-models", help="Keep each run's folder, with its report.")
     ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, each on its share of the cores.")] = 1,
 ) -> None:
     """Compare systems on data sets, with the same towers and training for all: tables, tests and curves on one page.
 
@@ -407,6 +417,8 @@ def compare(
     Example: `cmaclip compare --data openclipart --output runs/compared --quick`
 
     Example: `cmaclip compare --data openclipart --systems cma-clip,clip,mmbt --seeds 0,1 --output runs/three`
+
+    Example: `cmaclip compare --data emoji --try learning_rate=1e-3 --try learning_rate=2e-3 --output runs/tuned`
     """
     from cmaclip_fast import comparison as c
     from cmaclip_fast.comparison_page import write_page
@@ -420,7 +432,11 @@ def compare(
     training_options |= {} if epochs is None else {"epochs": epochs}
     towers = {"text_tower": text_tower, "image_tower": image_tower}
     model_options |= {name: value for name, value in towers.items() if value is not None}
-    limits = c.QUICK_ROWS if quick else {}
+    limits = dict(c.QUICK_ROWS) if quick else {}
+    limits |= {split: most for split, most in (("train", rows), ("test", test_rows)) if most is not None}
+    tries = tuple(
+        c.Try(spec, *_options([pair.strip() for pair in spec.split(",")], names, "--try")) for spec in attempt or []
+    )
     comparison = c.Comparison(
         {
             Path(source).name: _read(source, image, text, task, None, image_dir, max_image_pixels, split_column)
@@ -433,9 +449,12 @@ def compare(
         pretrained,
         model_options,
         training_options,
+        tries,
         c.QUICK_KINDS if quick else c.Comparison.kinds,
         None if training_noise is None else parse_noise(training_noise),
-        {**limits, **({} if rows is None else {"train": rows})} or None,
+        None if train_on is None else _column_value(train_on),
+        by,
+        limits or None,
         precision,
         on_bad_rows.value,
         keep_models,
@@ -443,13 +462,20 @@ def compare(
     if len(comparison.tables) < len(data):
         raise InputError("--data: two have the same name: rename one")
     try:
-        records = c.compare(comparison, err)
+        records = c.compare(comparison, err, jobs=jobs)
     except KeyboardInterrupt:
         err.print("interrupted: finished runs are kept; go on with the same command")
         raise typer.Exit(130) from None
     page = write_page(records, output, " ".join(["cmaclip", *map(shlex.quote, sys.argv[1:])]), precision)
     out.print(page.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
     out.print(f"page: {page}", soft_wrap=True, highlight=False)
+
+
+def _column_value(text: str) -> tuple[str, str]:
+    column, equals, value = text.partition("=")
+    if not (column and equals and value):
+        raise InputError(f"--train-on {text}: give COLUMN=VALUE, such as language=en")
+    return column, value
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -620,15 +646,11 @@ def _by_value(
     answers: dict[str, Classified], table: Table, column: str, precision: float
 ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """For each value of a column, and `none` where it is empty, what `_headlines` says of its rows."""
-    import torch
-
-    values = [value or "none" for value in table.labels(column)]
+    values = table.labels(column)
+    parts = {view: found.by_value(values) for view, found in answers.items()}
     return {
-        group: _headlines(
-            {view: found.select(torch.tensor([value == group for value in values])) for view, found in answers.items()},
-            precision,
-        )
-        for group in sorted(set(values))
+        group: _headlines({view: part[group] for view, part in parts.items()}, precision)
+        for group in next(iter(parts.values()))
     }
 
 
@@ -664,7 +686,9 @@ def _check_output_file(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path}: exists already: name another file, or pass --overwrite to replace it")
 
 
-def _options(pairs: list[str], systems: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _options(
+    pairs: list[str], systems: Sequence[str], option: str = "--option"
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """`NAME=VALUE` strings, sorted into the options of any of the systems and of training."""
     from cmaclip_fast.fitting import TrainingConfig
     from cmaclip_fast.systems import find_system
@@ -677,7 +701,7 @@ def _options(pairs: list[str], systems: Sequence[str]) -> tuple[dict[str, Any], 
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or name not in known:
-            raise InputError(f"--option '{pair}': give NAME=VALUE with NAME one of {', '.join(sorted(known))}")
+            raise InputError(f"{option} '{pair}': give NAME=VALUE with NAME one of {', '.join(sorted(known))}")
         try:
             parsed = json.loads(value)
         except json.JSONDecodeError:

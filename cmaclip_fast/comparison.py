@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import re
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,12 +20,14 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
 
-from cmaclip_fast.artifact import load_model, partial_directory, versions
+from cmaclip_fast.artifact import METRICS, load_model, partial_directory, versions
 from cmaclip_fast.comparison_pictures import draw_attention
 from cmaclip_fast.cost import forward_flops, parameters
 from cmaclip_fast.data.check import RowPolicy, check_rows
 from cmaclip_fast.data.examples import Examples
+from cmaclip_fast.data.files import near
 from cmaclip_fast.data.noise import Kind, Noise, NoisyTable, add_noise
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.split import split_table
@@ -51,6 +59,9 @@ SYSTEMS = (
 )
 """What is compared unless others are named; the first is what the others are tested against."""
 
+FORMAT = 2
+"""Of a record; one of another format is not read."""
+
 SHARES = (0.25, 0.5, 0.75, 1.0)
 SHOWN_ROWS = 6
 """Test rows whose attention maps are drawn."""
@@ -65,6 +76,28 @@ QUICK_KINDS: tuple[Kind, ...] = ("text-replace", "text-drop", "image-replace", "
 
 
 @dataclass(frozen=True)
+class Try:
+    """Options that differ from those of the comparison, and the name that they are shown under."""
+
+    name: str
+    model_options: dict[str, Any] = field(default_factory=dict)
+    training_options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and what is measured after it."""
+
+    data: str
+    system: str
+    seed: int
+    tried: Try | None = None
+
+    def __str__(self) -> str:
+        return f"{self.system} on {self.data}, seed {self.seed}" + (f", {self.tried.name}" if self.tried else "")
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What is compared.
 
@@ -76,8 +109,12 @@ class Comparison:
         model, pretrained: the towers of all systems.
         model_options: of the systems that have them.
         training_options: the budget, the same for all.
+        tries: settings that each system is trained with on the first seed; the one with the best validation accuracy
+            is taken for all its seeds. None tries nothing.
         kinds: of damage to the test rows.
         training_noise: of the training rows, the same for all systems.
+        train_on: a column and a value: train and validate on the rows that have it, test on all.
+        by: a column whose values are also measured one by one.
         rows: at most so many rows of each split; None takes all.
         target_precision: for recall at a fixed precision.
         on_bad_rows: as in `TrainingRun`.
@@ -92,28 +129,51 @@ class Comparison:
     pretrained: str | None = None
     model_options: dict[str, Any] = field(default_factory=dict)
     training_options: dict[str, Any] = field(default_factory=dict)
+    tries: tuple[Try, ...] = ()
     kinds: tuple[Kind, ...] = get_args(Kind)
     training_noise: Noise | None = None
+    train_on: tuple[str, str] | None = None
+    by: str | None = None
     rows: dict[str, int] | None = None
     target_precision: float = 0.9
     on_bad_rows: RowPolicy = "error"
     keep_models: bool = False
 
-    def settings(self, table: Table) -> dict[str, Any]:
+    def settings(self, run: Run) -> dict[str, Any]:
         """What a record holds of how it was made; a record of other settings is not taken for this one."""
+        table, options = self.tables[run.data], self.options(run)
         texts = zlib.crc32(repr(table.texts()).encode())
         return {
+            "format": FORMAT,
             "rows": [len(table), texts],
             "tasks": list(table.columns.tasks),
             "model": self.model,
             "pretrained": self.pretrained,
-            "model_options": self.model_options,
-            "training_options": self.training_options,
+            "model_options": options[0],
+            "training_options": options[1],
             "training_noise": None if self.training_noise is None else vars(self.training_noise),
+            "train_on": None if self.train_on is None else list(self.train_on),
+            "by": self.by,
             "kinds": list(self.kinds),
             "limit": self.rows,
             "target_precision": self.target_precision,
         }
+
+    def options(self, run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The model's and the training's options of a run."""
+        tried = run.tried or Try("")
+        return {**self.model_options, **tried.model_options}, {**self.training_options, **tried.training_options}
+
+    def candidates(self, data: str, system: str) -> list[Run]:
+        """The first seed with everything that is tried; what does not concern this system only once."""
+        if not self.tries:
+            return [Run(data, system, self.seeds[0])]
+        different: dict[str, Run] = {}
+        for tried in self.tries:
+            run = Run(data, system, self.seeds[0], tried)
+            model, training = self.options(run)
+            different.setdefault(repr([_known(system, model), training]), run)
+        return list(different.values())
 
 
 class KeptPictures(Table):
@@ -133,51 +193,156 @@ class KeptPictures(Table):
 
 
 def compare(
-    comparison: Comparison, console: Console | None = None, finished: Callable[[int, int], None] | None = None
+    comparison: Comparison,
+    console: Console | None = None,
+    jobs: int = 1,
 ) -> list[dict[str, Any]]:
-    """Trains and measures whatever is not there yet; gives all records.
+    """Trains and measures whatever is not there yet; gives the records of the runs that count.
+
+    With `comparison.tries` these are, of every system, the runs with what was best on the validation rows.
 
     Args:
-        finished: called with the number of runs done and in all.
+        console: for the progress bar, and a line for each run that ended.
+        jobs: processes side by side, which share PyTorch's threads.
 
     Raises:
-        InputError: an unknown system, bad data or options, or a record of other settings in the output folder.
+        InputError: an unknown system, column or value, bad data or options, or a record of other settings in the
+            output folder.
     """
     console = console or Console(stderr=True)
     for name in comparison.systems:
         find_system(name)
     _check_repeats("--systems", comparison.systems)
     _check_repeats("--seeds", comparison.seeds)
-    records: list[dict[str, Any]] = []
-    total = len(comparison.tables) * len(comparison.systems) * len(comparison.seeds)
-    for data, table in comparison.tables.items():
-        settings = comparison.settings(table)
-        splits: dict[str, Table] | None = None
+    for table in comparison.tables.values():
+        _check_columns(comparison, table)
+    pairs = [(data, system) for data in comparison.tables for system in comparison.systems]
+    candidates = {pair: comparison.candidates(*pair) for pair in pairs}
+    others = comparison.seeds[1:]
+    done, total = 0, sum(map(len, candidates.values())) + len(pairs) * len(others)
+
+    bar = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True)
+    with bar, _workers(comparison, jobs) as workers:
+        task = bar.add_task("comparing", total=total)
+
+        def note(run: Run, new: bool) -> None:
+            nonlocal done
+            done += 1
+            bar.advance(task)
+            if new:
+                bar.console.print(f"{done}/{total}: {run}", highlight=False)
+
+        run_all = partial(_all, comparison=comparison, bench=_Bench(comparison), workers=workers, note=note)
+
         # seed by seed, so that an interrupted comparison has all systems of the seeds it has
+        first = run_all([run for runs in candidates.values() for run in runs])
+        best = {pair: max(runs, key=lambda run: first[str(run)]["validation"]) for pair, runs in candidates.items()}
+        rest = [replace(best[pair], seed=seed) for seed in others for pair in pairs]
+        found = first | run_all(rest)
+    records = []
+    for data in comparison.tables:
         for seed in comparison.seeds:
             for system in comparison.systems:
-                path = record_path(comparison.output, data, system, seed)
-                record = read_record(path, settings)
-                if record is None:
-                    splits = splits or prepare(comparison, table)
-                    console.print(f"{len(records) + 1}/{total}: {system} on {data}, seed {seed}", highlight=False)
-                    record = _run(comparison, table, splits, data, system, seed, console)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(path, {**record, "settings": settings})
+                record = found[str(replace(best[data, system], seed=seed))]
+                if comparison.tries:
+                    runs = candidates[data, system]
+                    record["tried"] = {run.tried.name: first[str(run)]["validation"] for run in runs if run.tried}
                 records.append(record)
-                if finished is not None:
-                    finished(len(records), total)
     return records
 
 
-def record_path(output: Path, data: str, system: str, seed: int) -> Path:
+@contextmanager
+def _workers(comparison: Comparison, jobs: int) -> Iterator[ProcessPoolExecutor | None]:
+    if jobs < 2:
+        yield None
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read where a process starts
+    pool = ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(comparison, threads)
+    )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+_worker: _Bench
+
+
+def _start_worker(comparison: Comparison, threads: int) -> None:
+    global _worker
+    torch.set_num_threads(threads)
+    _worker = _Bench(comparison)
+
+
+def _work(run: Run) -> dict[str, Any]:
+    return _worker.run(run)
+
+
+def _all(
+    runs: Sequence[Run],
+    comparison: Comparison,
+    bench: _Bench,
+    workers: ProcessPoolExecutor | None,
+    note: Callable[[Run, bool], None],
+) -> dict[str, dict[str, Any]]:
+    """The records of `runs` by their names, read where they are there; `note` hears of each, and whether it is new."""
+    records, missing = {}, []
+    for run in runs:
+        record = read_record(record_path(comparison.output, run), comparison.settings(run))
+        if record is None:
+            missing.append(run)
+        else:
+            records[str(run)] = record
+            note(run, False)
+    if workers is None:
+        for run in missing:
+            records[str(run)] = bench.run(run)
+            note(run, True)
+        return records
+    futures = {workers.submit(_work, run): run for run in missing}
+    try:
+        for future in as_completed(futures):
+            records[str(futures[future])] = future.result()
+            note(futures[future], True)
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+    return records
+
+
+class _Bench:
+    """Trains and measures in one process; the rows of a data set are read once."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self._comparison = comparison
+        self._splits: dict[str, dict[str, Table]] = {}
+
+    def run(self, run: Run) -> dict[str, Any]:
+        if run.data not in self._splits:
+            self._splits[run.data] = prepare(self._comparison, self._comparison.tables[run.data])
+        path = record_path(self._comparison.output, run)
+        record = _run(self._comparison, self._splits[run.data], run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**record, "settings": self._comparison.settings(run)})
+        return record
+
+
+def record_path(output: Path, run: Run) -> Path:
     """Where a run's record is kept."""
-    return output / "records" / data / f"{system}-{seed}.json"
+    return output / "records" / run.data / f"{_file_name(run)}.json"
 
 
-def attention_path(output: Path, data: str, system: str) -> Path:
-    """Where the attention maps of a system with such maps are kept; those of the first seed."""
-    return output / "attention" / data / f"{system}.png"
+def _file_name(run: Run) -> str:
+    tried = "" if run.tried is None else "-" + re.sub(r"[^A-Za-z0-9._=]+", "-", run.tried.name)
+    return f"{run.system}{tried}-{run.seed}"
 
 
 def read_record(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -208,6 +373,19 @@ def _check_repeats(option: str, values: Sequence[object]) -> None:
             raise InputError(f"{option}: {value} is named twice")
 
 
+def _check_columns(comparison: Comparison, table: Table) -> None:
+    for option, column in (("--by", comparison.by), ("--train-on", comparison.train_on and comparison.train_on[0])):
+        if column is not None and column not in (names := table.column_names):
+            raise InputError(
+                f"{option} {column}: {table.name} has no such column{near(column, names)}: {', '.join(names)}"
+            )
+    if comparison.train_on is not None:
+        column, value = comparison.train_on
+        values = sorted({found for found in table.labels(column) if found is not None})
+        if value not in values:
+            raise InputError(f"--train-on {column}={value}: {table.name} has no such value{near(value, values)}")
+
+
 def prepare(comparison: Comparison, table: Table) -> dict[str, Table]:
     """The checked rows of each split, not more than wanted; where no column splits them, the same for every seed."""
     splits: dict[str, Table] = {}
@@ -215,6 +393,9 @@ def prepare(comparison: Comparison, table: Table) -> dict[str, Table]:
     for split, part in split_table(table).items():
         if len(part) == 0:
             raise InputError(f"{table.name}: no rows for split '{split}': add rows, or name another split column")
+        if comparison.train_on is not None and split != "test":
+            column, value = comparison.train_on
+            part = part.select([row for row, found in enumerate(part.labels(column)) if found == value])
         limit = (comparison.rows or {}).get(split)
         if limit is not None and limit < len(part):
             part = part.select(np.sort(np.random.default_rng(0).permutation(len(part))[:limit]))
@@ -240,44 +421,44 @@ def _known(system: str, options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in fields}
 
 
-def _run(
-    comparison: Comparison,
-    table: Table,
-    splits: dict[str, Table],
-    data: str,
-    system: str,
-    seed: int,
-    console: Console,
-) -> dict[str, Any]:
-    folder = comparison.output / "models" / data / f"{system}-{seed}"
+def _run(comparison: Comparison, splits: dict[str, Table], run: Run) -> dict[str, Any]:
+    folder = comparison.output / "models" / run.data / _file_name(run)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
         shutil.rmtree(folder)  # trained, but killed before it was measured
-    run = TrainingRun(
-        table,
-        folder,
-        system=system,
-        model=comparison.model,
-        pretrained=comparison.pretrained,
-        model_options=_known(system, comparison.model_options),
-        training_options={**comparison.training_options, "seed": seed},
-        target_precision=comparison.target_precision,
-        resume=(partial_directory(folder) / CHECKPOINT).is_file(),
-        splits=splits,
-        report=comparison.keep_models,
+    model_options, training_options = comparison.options(run)
+    result = train(
+        TrainingRun(
+            comparison.tables[run.data],
+            folder,
+            system=run.system,
+            model=comparison.model,
+            pretrained=comparison.pretrained,
+            model_options=_known(run.system, model_options),
+            training_options={**training_options, "seed": run.seed},
+            target_precision=comparison.target_precision,
+            resume=(partial_directory(folder) / CHECKPOINT).is_file(),
+            splits=splits,
+            report=comparison.keep_models,
+        ),
+        Console(quiet=True),
     )
-    result = train(run, Console(quiet=True))
+    validation = json.loads((folder / METRICS).read_text(encoding="utf-8"))["validation"]
+    accuracies = [metrics["accuracy"] for metrics in validation.values() if metrics["rows"]]
     model = load_model(folder)
-    if seed == comparison.seeds[0]:
-        picture = attention_path(comparison.output, data, system)
+    picture = comparison.output / "attention" / run.data / f"{_file_name(run)}.png"
+    if run.seed == comparison.seeds[0]:
         views = explain(model, splits["test"].select(range(min(SHOWN_ROWS, len(splits["test"])))))
         draw_attention(views, picture)
     record = {
-        "data": data,
-        "system": system,
+        "data": run.data,
+        "system": run.system,
         "title": model.title,
-        "seed": seed,
+        "seed": run.seed,
+        "chosen": None if run.tried is None else run.tried.name,
         "seconds": result.seconds,
+        "validation": sum(accuracies) / max(len(accuracies), 1),
+        "attention": picture.relative_to(comparison.output).as_posix() if picture.is_file() else None,
         "test": result.metrics,
         **measure(model, splits["test"], comparison),
         "versions": versions(),
@@ -296,6 +477,9 @@ def measure(model: System, test: Table, comparison: Comparison) -> dict[str, Any
         "parameters": parameters(model),
         "flops": forward_flops(model, first),
         "weights": mean_weights(clean),
+        "by": None
+        if comparison.by is None
+        else _by_value(clean, test.labels(comparison.by), comparison.target_precision),
         "noise": {kind: curve(model, test, kind, clean, comparison.target_precision) for kind in comparison.kinds},
     }
 
@@ -322,9 +506,17 @@ def curve(model: System, test: Table, kind: Kind, clean: Classified, target_prec
     damaged = _classify(model, add_noise(test, Noise(kind, 1.0)))
     for share in SHARES:
         noisy = NoisyTable(test, Noise(kind, share))
-        mixed = _mixed(clean, damaged, torch.from_numpy(noisy._hit))
+        mixed = _mixed(clean, damaged, torch.from_numpy(noisy.hit))
         points.append(_point(share, mixed, target_precision))
     return points
+
+
+def _by_value(answers: Classified, values: Sequence[str | None], target_precision: float) -> dict[str, Any]:
+    """For each value, and `none`, each task's metrics on the rows that have it."""
+    return {
+        value: {task: metrics.headline() for task, metrics in part.metrics(target_precision).items() if metrics.rows}
+        for value, part in answers.by_value(values).items()
+    }
 
 
 def _mixed(clean: Classified, damaged: Classified, hit: torch.Tensor) -> Classified:

@@ -48,6 +48,18 @@ def write_page(records: Sequence[Record], output: Path, command: str, target_pre
             table = summary(part, metric)
             numbers["data"][data][metric] = table
             lines += [f"### {title}", "", *_table(table), ""]
+        values = by_value(part)
+        if values:
+            numbers["data"][data]["by"] = values
+            lines += ["### Accuracy by value", "", *_by_table(values), ""]
+        if any(r.get("tried") for r in part):
+            numbers["data"][data]["tried"] = tried = {s: runs[0]["tried"] for s, runs in _by_system(part)}
+            lines += [
+                "### What was tried",
+                "",
+                *_tried_table(tried, {s: r[0]["chosen"] for s, r in _by_system(part)}),
+                "",
+            ]
         ablated = [s for s in _unique(r["system"] for r in part) if s.startswith("cma-clip")]
         if len(ablated) > 1 and ablated[0] == "cma-clip":
             ablations = _ablations(part, ablated)
@@ -68,11 +80,11 @@ def write_page(records: Sequence[Record], output: Path, command: str, target_pre
             lines += [f"![Accuracy against damage of the test rows](robustness-{name}.png)", ""]
             if _draw_weights(curves, output / f"weights-{name}.png"):
                 lines += [f"![The text's weight against damage of the test rows](weights-{name}.png)", ""]
-        maps = [s for s in _unique(r["system"] for r in part) if (output / "attention" / data / f"{s}.png").is_file()]
+        maps = {r["system"]: r["attention"] for r in part if r["attention"] and (output / r["attention"]).is_file()}
         if maps:
             lines += ["### Where the title's most relevant token looks", ""]
-        for system in maps:
-            lines += [f"{system}:", "", f"![Attention over the patches](attention/{quote(data)}/{system}.png)", ""]
+        for system, picture in maps.items():
+            lines += [f"{system}:", "", f"![Attention over the patches]({quote(picture)})", ""]
     numbers["records"] = list(records)
     write_json(output / NUMBERS, numbers)
     path = output / PAGE
@@ -145,6 +157,19 @@ def robustness(records: Sequence[Record]) -> dict[str, dict[str, dict[str, list[
     return curves
 
 
+def by_value(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """For each value of the column that was measured by, each system's accuracy, the mean over tasks and seeds."""
+    values = _unique(value for r in records for value in r["by"] or ())
+    return {
+        value: {
+            system: float(np.mean([np.mean([m["accuracy"] for m in r["by"][value].values()]) for r in part]))
+            for system, part in _by_system(records)
+        }
+        for value in values
+        if all(r["by"].get(value) for r in records)
+    }
+
+
 def _unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
@@ -199,6 +224,28 @@ def _table(table: dict[str, dict[str, dict[str, float | None]]]) -> list[str]:
             text = f"**{text}**" if mean == best[column] > 0 else text
             text += "" if cell["deviation"] is None else f" ± {100 * cell['deviation']:.1f}"
             cells.append(text + ("*" if cell["p"] is not None and cell["p"] < SIGNIFICANT else ""))
+        lines.append(_row([system, *cells]))
+    return lines
+
+
+def _by_table(values: dict[str, dict[str, float]]) -> list[str]:
+    systems = list(next(iter(values.values())))
+    rows = {**values, "mean": {s: float(np.mean([row[s] for row in values.values()])) for s in systems}}
+    lines = ["The mean over tasks and seeds.", "", _row(["value", *systems]), _row(["---"] * (len(systems) + 1))]
+    for value, row in rows.items():
+        best = max(row.values())
+        cells = [f"**{100 * x:.1f}**" if x == best else f"{100 * x:.1f}" for x in row.values()]
+        lines.append(_row([value, *cells]))
+    return lines
+
+
+def _tried_table(tried: dict[str, dict[str, float]], chosen: dict[str, str]) -> list[str]:
+    names = _unique(name for found in tried.values() for name in found)
+    lines = ["Average accuracy on the validation rows with the first seed. Bold is what was taken for all seeds.", ""]
+    lines += [_row(["system", *(f"`{name}`" for name in names)]), _row(["---"] * (len(names) + 1))]
+    for system, found in tried.items():
+        cells = [f"{100 * found[name]:.1f}" if name in found else "" for name in names]
+        cells = [f"**{cell}**" if name == chosen[system] else cell for name, cell in zip(names, cells, strict=True)]
         lines.append(_row([system, *cells]))
     return lines
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,11 @@ class Classified:
             None if self.weights is None else {task: weights[rows] for task, weights in self.weights.items()},
             self.present[rows],
         )
+
+    def by_value(self, values: Sequence[str | None]) -> dict[str, Classified]:
+        """The answers for the rows of each value, in the order of the values' names; `none` where there is none."""
+        named = [value or "none" for value in values]
+        return {value: self.select(torch.tensor([found == value for found in named])) for value in sorted(set(named))}
 
     def loss(self) -> float:
         """The mean over tasks of the mean negative log-likelihood of their labelled rows."""

@@ -51,7 +51,11 @@ def parse_noise(spec: str) -> Noise:
 
 
 class NoisyTable(Table):
-    """A table whose texts or pictures are damaged; which rows and how follows from the seed alone."""
+    """A table whose texts or pictures are damaged; which rows and how follows from the seed alone.
+
+    Attributes:
+        hit: `[N]` bool, the rows that are damaged.
+    """
 
     def __init__(self, table: Table, noise: Noise, seed: int = 0) -> None:
         super().__init__(table._source, table._rows, table._masked)
@@ -60,15 +64,15 @@ class NoisyTable(Table):
         self._seed = seed
         generator = np.random.default_rng([seed, get_args(Kind).index(noise.kind)])
         order = generator.permutation(len(table))
-        self._hit = np.zeros(len(table), dtype=bool)
-        self._hit[order[: round(noise.level * len(table))]] = True
+        self.hit = np.zeros(len(table), dtype=bool)
+        self.hit[order[: round(noise.level * len(table))]] = True
         # a cyclic shift of a permutation gives every row another row, never its own
         self._other = np.empty(len(table), dtype=np.int64)
         self._other[order] = np.roll(order, 1)
 
     def text(self, index: int) -> str | None:
         kind = self._noise.kind
-        if not self._hit[index] or not kind.startswith("text"):
+        if not self.hit[index] or not kind.startswith("text"):
             return self._table.text(index)
         if kind == "text-drop":
             return None
@@ -79,9 +83,9 @@ class NoisyTable(Table):
 
     def image(self, index: int, background: str = "white") -> Image.Image | None:
         kind = self._noise.kind
-        if kind == "image-drop" and self._hit[index]:
+        if kind == "image-drop" and self.hit[index]:
             return None
-        if kind == "image-replace" and self._hit[index]:
+        if kind == "image-replace" and self.hit[index]:
             return self._table.image(int(self._other[index]), background)
         picture = self._table.image(index, background)
         if picture is None or kind not in ("image-blur", "image-noise"):

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from cmaclip_fast import InputError
-from cmaclip_fast.comparison import Comparison, _classify, compare, curve, prepare, record_path
+from cmaclip_fast.comparison import Comparison, Run, Try, _classify, compare, curve, prepare, record_path
 from cmaclip_fast.comparison_page import summary, welch, write_page
 from cmaclip_fast.comparison_pictures import most_relevant_token
 from cmaclip_fast.cost import forward_flops, parameters
@@ -61,7 +61,7 @@ def test_every_system_and_seed_has_a_record(comparison: Comparison, records: lis
 
 
 def test_what_is_finished_is_not_repeated(comparison: Comparison, records: list[dict[str, Any]]) -> None:
-    one = record_path(comparison.output, "shapes", "bert", 1)
+    one = record_path(comparison.output, Run("shapes", "bert", 1))
     others = {path: path.stat().st_mtime_ns for path in one.parent.iterdir() if path != one}
     one.unlink()
     again = compare(comparison, QUIET)
@@ -72,7 +72,7 @@ def test_what_is_finished_is_not_repeated(comparison: Comparison, records: list[
 def test_other_settings_are_not_mixed_in(comparison: Comparison, records: list[dict[str, Any]]) -> None:
     with pytest.raises(InputError, match=r"other settings \(training_options\).*--output"):
         compare(replace(comparison, training_options={**BUDGET, "epochs": 2}), QUIET)
-    path = record_path(comparison.output, "shapes", "bert", 0)
+    path = record_path(comparison.output, Run("shapes", "bert", 0))
     whole = path.read_text()
     try:
         path.write_text(whole[:100])
@@ -94,6 +94,67 @@ def test_a_curve_is_what_evaluating_damaged_rows_gives(comparison: Comparison, k
     for task, metrics in answers.metrics().items():
         assert said["tasks"][task]["accuracy"] == pytest.approx(metrics.accuracy)
         assert said["text_weight"][task] == pytest.approx(float(answers.weights[task][:, 0].mean()), abs=1e-6)
+
+
+def test_of_what_is_tried_the_best_by_validation_is_taken(comparison: Comparison, tmp_path: Path) -> None:
+    """The first seed runs with everything, the others with what was best; what a system does not have is not tried."""
+    tries = (
+        Try("off", training_options={"learning_rate": 1e-9, "tower_learning_rate": 1e-9}),
+        Try("on", training_options={"epochs": 4}),
+        Try("deep", {"depth": 2}, {"epochs": 4}),
+    )
+    systems = ("bert", "mmbt")
+    tried = replace(comparison, output=tmp_path, systems=systems, tries=tries, kinds=())
+    records = compare(tried, QUIET)
+    assert [(r["system"], r["seed"]) for r in records] == [(s, seed) for seed in (0, 1) for s in systems]
+    assert set(records[0]["tried"]) == {"off", "on"} and set(records[1]["tried"]) == {"off", "on", "deep"}
+    for record in records:
+        best = max(record["tried"], key=record["tried"].get)
+        assert record["chosen"] == best
+        if record["seed"] == 0:
+            assert record["validation"] == record["tried"][best]
+    page = write_page(records, tmp_path, "cmaclip compare ...").read_text()
+    table = page[page.index("### What was tried") :]
+    row = next(line for line in table.splitlines() if line.startswith("| bert |"))
+    assert f"**{100 * max(records[0]['tried'].values()):.1f}**" in row
+    assert len(list((tmp_path / "records" / "shapes").iterdir())) == 5 + 2
+
+
+def test_side_by_side_is_the_same(comparison: Comparison, tmp_path: Path) -> None:
+    """Two processes with a thread each do what one does with one thread."""
+    few = replace(comparison, systems=("bert", "vit"), seeds=(0,), kinds=())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = compare(replace(few, output=tmp_path / "alone"), QUIET)
+        together = compare(replace(few, output=tmp_path / "together"), QUIET, jobs=2)
+    finally:
+        torch.set_num_threads(threads)
+    assert [(r["system"], r["test"]) for r in together] == [(r["system"], r["test"]) for r in alone]
+    assert {r["threads"] for r in together} == {1}
+    with pytest.raises(InputError, match="learning_rate"):
+        compare(replace(few, output=tmp_path / "bad", training_options={"learning_rate": -1}), QUIET, jobs=2)
+
+
+def test_one_value_trains_and_all_are_measured(comparison: Comparison, tmp_path: Path) -> None:
+    table = comparison.tables["shapes"]
+    value = table.labels("shape")[0]
+    few = replace(
+        comparison, output=tmp_path, systems=("bert",), seeds=(0,), kinds=(), train_on=("shape", value), by="shape"
+    )
+    splits = prepare(few, table)
+    assert set(splits["train"].labels("shape")) == {value} and len(set(splits["test"].labels("shape"))) > 1
+    (record,) = compare(replace(few, train_on=None), QUIET)
+    assert set(record["by"]) == set(splits["test"].labels("shape"))
+    both = record["test"]["both"]["colour"]
+    parts = [part["colour"] for part in record["by"].values()]
+    assert sum(p["accuracy"] * p["rows"] for p in parts) == pytest.approx(both["accuracy"] * both["rows"], abs=1e-3)
+    page = write_page([record], tmp_path, "cmaclip compare ...").read_text()
+    assert "### Accuracy by value" in page and f"| {value} |" in page
+    with pytest.raises(InputError, match=r"--by shap: .*did you mean 'shape'"):
+        compare(replace(few, by="shap"), QUIET)
+    with pytest.raises(InputError, match="--train-on shape=ring"):
+        compare(replace(few, train_on=("shape", "ring")), QUIET)
 
 
 def test_one_modality_is_untouched_by_damage_to_the_other(records: list[dict[str, Any]]) -> None:
@@ -139,9 +200,9 @@ def test_attention_is_drawn_for_the_first_seed_of_systems_that_have_it(
     comparison: Comparison, records: list[dict[str, Any]]
 ) -> None:
     pictures = sorted(path.name for path in (comparison.output / "attention" / "shapes").iterdir())
-    assert pictures == ["cma-clip.png"]
+    assert pictures == ["cma-clip-0.png"]
     page = write_page(records, comparison.output, "cmaclip compare ...").read_text()
-    assert "](attention/shapes/cma-clip.png)" in page and "](attention/shapes/bert.png)" not in page
+    assert "](attention/shapes/cma-clip-0.png)" in page and "](attention/shapes/bert" not in page
 
 
 def test_the_most_relevant_token_is_no_start_or_end() -> None:
@@ -204,9 +265,9 @@ def test_the_command_compares_and_goes_on(cmaclip: Callable[..., Done], tmp_path
     done = cmaclip(*arguments, "--output", output)
     assert done.code == 0, done.err
     assert "| bert |" in done.out and f"`cmaclip compare --data {data}" in done.out
-    first = record_path(output, "shapes.csv", "bert", 3)
+    first = record_path(output, Run("shapes.csv", "bert", 3))
     before = first.stat().st_mtime_ns
-    record_path(output, "shapes.csv", "vit", 3).unlink()
+    record_path(output, Run("shapes.csv", "vit", 3)).unlink()
     again = cmaclip(*arguments, "--output", output)
     assert again.code == 0 and "2/2: vit" in again.err and "bert on" not in again.err
     assert first.stat().st_mtime_ns == before
@@ -221,6 +282,9 @@ def test_the_command_compares_and_goes_on(cmaclip: Callable[..., Done], tmp_path
         (["--systems", "bert,brt"], "did you mean"),
         (["--training-noise", "text-swap:1"], "no kind"),
         (["--option", "colour=3"], "colour=3"),
+        (["--try", "learning_rat=1"], "--try 'learning_rat=1'"),
+        (["--train-on", "language"], "--train-on language"),
+        (["--by", "languag"], "no such column"),
     ],
 )
 def test_bad_arguments_are_said(
