@@ -12,6 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SEEDS ?= 0
 RUNS ?= runs
+JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.installed-bench
@@ -39,7 +40,9 @@ results: install
 
 compare: install
 	$(BIN)/cmaclip data show emoji >/dev/null 2>&1 || $(BIN)/cmaclip data build emoji
-	$(BIN)/cmaclip compare --data openclipart --data emoji --quick --output benchmarks/results/compare
+	$(BIN)/cmaclip compare --data openclipart --data emoji --quick --jobs $(JOBS) \
+		--try learning_rate=1e-3,tower_learning_rate=1e-3 --try learning_rate=2e-3,tower_learning_rate=2e-3 \
+		--output benchmarks/results/compare
 	$(BIN)/python -m benchmarks.page benchmarks/results/compare/comparison.md docs/results.md "make compare"
 
 tables: install

@@ -68,7 +68,7 @@ SHOWN_ROWS = 6
 STRENGTHS = {"image-blur": (0.02, 0.05, 0.1, 0.2), "image-noise": (0.1, 0.25, 0.5, 1.0)}
 """Levels at which a kind of damage is measured: shares of rows, or of `STRENGTHS` strengths."""
 
-QUICK_ROWS = {"train": 512, "validation": 128, "test": 384}
+QUICK_ROWS = {"train": 1024, "validation": 384, "test": 512}
 QUICK_TRAINING = {"epochs": 6, "batch_size": 32, "small_epochs": 0.0}
 QUICK_MODEL = {"image_size": 48}
 QUICK_KINDS: tuple[Kind, ...] = ("text-replace", "text-drop", "image-replace", "image-drop")

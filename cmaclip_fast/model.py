@@ -21,7 +21,7 @@ from cmaclip_fast.data.tokenizer import OpenClipTokenizer, Tokenizer
 from cmaclip_fast.distinct import distinct_images, distinct_texts
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.layers import Queries, Rows, linear
-from cmaclip_fast.modules import ModalityAttention, SequenceAttention
+from cmaclip_fast.modules import ModalityAttention, Projection, SequenceAttention
 from cmaclip_fast.pretrained import HuggingFaceText, TimmImage, with_other_towers
 from cmaclip_fast.systems import system_config
 from cmaclip_fast.systems.base import System
@@ -149,8 +149,8 @@ class CMACLIP(System):
         self.text_tower = text_tower(clip.text)
         self.logit_scale = clip.logit_scale
         width = config.width
-        self.image_projection = nn.Linear(self.image_tower.width, width)
-        self.text_projection = nn.Linear(self.text_tower.width, width)
+        self.image_projection = Projection(self.image_tower.width, width)
+        self.text_projection = Projection(self.text_tower.width, width)
         if config.sequence_attention:
             self.type_embedding = nn.Parameter(torch.empty(2, width))
             nn.init.normal_(self.type_embedding, std=0.02)

@@ -81,6 +81,18 @@ class SequenceAttention(nn.Module):
         return last.attention_weights(run_layers([layer.layer() for layer in before], packed, rows), rows)
 
 
+class Projection(nn.Linear):
+    """From a tower's width into the common width, at the scale of its input from the start.
+
+    Weights start as those of CLIP's own projections do (its code: a deviation of one over the root of the input's
+    width). PyTorch's default would start both modalities at 0.58 of the tokens' scale, and the towers learn later.
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        nn.init.zeros_(self.bias)
+
+
 class ModalityAttention(nn.Module):
     """Modality-wise attention: keyless attention over the two aggregate embeddings, one per task (paper, figure 1).
 

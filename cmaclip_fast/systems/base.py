@@ -19,7 +19,7 @@ from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.tokenizer import Tokenizer
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.modules import SequenceAttention, TaskHead
+from cmaclip_fast.modules import Projection, SequenceAttention, TaskHead
 from cmaclip_fast.pretrained import HuggingFaceText, TimmImage
 from cmaclip_fast.towers import image_tower, text_tower
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
@@ -260,10 +260,10 @@ class TwoTowers(System):
         super().__init__(config, tasks, preprocessing, tokenizer)
         if self.modalities[TEXT]:
             self.text_tower = text_tower(clip.text)
-            self.text_projection = nn.Linear(self.text_tower.width, config.width)
+            self.text_projection = Projection(self.text_tower.width, config.width)
         if self.modalities[IMAGE]:
             self.image_tower = image_tower(clip.visual)
-            self.image_projection = nn.Linear(self.image_tower.width, config.width)
+            self.image_projection = Projection(self.image_tower.width, config.width)
         if all(self.modalities):
             self.logit_scale = clip.logit_scale
             if config.auxiliary_heads:
