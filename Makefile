@@ -2,6 +2,7 @@
 # make test     install, then check style and types and run all tests
 # make results  train three seeds and write docs/results.md
 # make compare  build the emoji data, train all systems on two data sets, three seeds each, and write docs/results.md
+# make studies  train a few systems longer, with damaged texts, and in 28 languages, and write docs/results.md
 # make mutants  put faults into the CUDA and Triton kernels, one at a time: each must make a test fail
 # make bench    time the model and the operators on this machine's CPU against what people run today
 # make gpu      run the tests that need an NVIDIA GPU and time the operators, or say that nothing was run
@@ -14,11 +15,14 @@ SEEDS ?= 0
 RUNS ?= runs
 JOBS ?= 2
 BIN := $(VENV)/bin
+COMPARED := benchmarks/results/compare
+COMPARE := $(BIN)/cmaclip compare --quick --jobs $(JOBS)
+LANGUAGES := --by language --rows 4096 --test-rows 2800 --seeds 0 --systems cma-clip,clip,embracenet,bert
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.installed-bench
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: install demo results compare tables test mutants bench gpu lint clean
+.PHONY: install demo results emoji compare studies tables test mutants bench gpu lint clean
 
 install: $(INSTALLED)
 
@@ -38,12 +42,24 @@ demo: install
 results: install
 	$(BIN)/python -m benchmarks.accuracy --seeds 0 --seeds 1 --seeds 2 --runs $(RUNS) --write docs/results.md
 
-compare: install
+emoji: install
 	$(BIN)/cmaclip data show emoji >/dev/null 2>&1 || $(BIN)/cmaclip data build emoji
-	$(BIN)/cmaclip compare --data openclipart --data emoji --quick --jobs $(JOBS) \
-		--try learning_rate=1e-3,tower_learning_rate=1e-3 --try learning_rate=2e-3,tower_learning_rate=2e-3 \
-		--output benchmarks/results/compare
-	$(BIN)/python -m benchmarks.page benchmarks/results/compare/comparison.md docs/results.md "make compare"
+
+compare: emoji
+	$(COMPARE) --data openclipart --data emoji --output $(COMPARED) \
+		--try learning_rate=1e-3,tower_learning_rate=1e-3 --try learning_rate=2e-3,tower_learning_rate=2e-3
+	$(BIN)/python -m benchmarks.page $(COMPARED)/comparison.md docs/results.md "make compare"
+
+studies: emoji
+	$(COMPARE) --data openclipart --data emoji --output $(COMPARED)/longer --rows 4096 --epochs 8 \
+		--systems cma-clip,cma-clip-without-sequence-attention,cma-clip-without-modality-attention,cma-clip-without-attention,clip
+	$(COMPARE) --data openclipart --data emoji --output $(COMPARED)/noise --training-noise text-replace:0.5 \
+		--systems cma-clip,cma-clip-without-attention,clip,embracenet
+	$(COMPARE) --data emoji:all --output $(COMPARED)/english --train-on language=en $(LANGUAGES)
+	$(COMPARE) --data emoji:all --output $(COMPARED)/languages $(LANGUAGES)
+	for study in longer noise english languages; do \
+		$(BIN)/python -m benchmarks.page $(COMPARED)/$$study/comparison.md docs/results.md "make studies ($$study)" || exit 1; \
+	done
 
 tables: install
 	$(BIN)/python -m benchmarks.kernel_tables

@@ -18,7 +18,8 @@ def main(
     page: Annotated[Path, typer.Argument(help="The page with the marks.")],
     command: Annotated[str, typer.Argument(help="The command that the marks name.")],
 ) -> None:
-    text = tables.read_text(encoding="utf-8").strip()
+    # the page has a title of its own
+    text = re.sub(r"\A# .*\n", "", tables.read_text(encoding="utf-8").strip())
     # pictures are seen from the page, and the page's own headings stand above the tables'
     folder = Path(os.path.relpath(tables.parent, page.parent)).as_posix()
     text = re.sub(r"\]\(([^():#]+\.png)\)", rf"]({folder}/\1)", text)

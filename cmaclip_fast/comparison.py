@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
@@ -58,6 +59,8 @@ SYSTEMS = (
     "kaleidobert",
 )
 """What is compared unless others are named; the first is what the others are tested against."""
+
+LOCK = ".lock"
 
 FORMAT = 2
 """Of a record; one of another format is not read."""
@@ -206,8 +209,8 @@ def compare(
         jobs: processes side by side, which share PyTorch's threads.
 
     Raises:
-        InputError: an unknown system, column or value, bad data or options, or a record of other settings in the
-            output folder.
+        InputError: an unknown system, column or value, bad data or options, a record of other settings in the output
+            folder, or another comparison that runs in it.
     """
     console = console or Console(stderr=True)
     for name in comparison.systems:
@@ -222,7 +225,7 @@ def compare(
     done, total = 0, sum(map(len, candidates.values())) + len(pairs) * len(others)
 
     bar = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True)
-    with bar, _workers(comparison, jobs) as workers:
+    with _alone(comparison.output), bar, _workers(comparison, jobs) as workers:
         task = bar.add_task("comparing", total=total)
 
         def note(run: Run, new: bool) -> None:
@@ -230,7 +233,7 @@ def compare(
             done += 1
             bar.advance(task)
             if new:
-                bar.console.print(f"{done}/{total}: {run}", highlight=False)
+                bar.console.print(f"{done}/{total}: {run}", highlight=False, soft_wrap=True)
 
         run_all = partial(_all, comparison=comparison, bench=_Bench(comparison), workers=workers, note=note)
 
@@ -249,6 +252,23 @@ def compare(
                     record["tried"] = {run.tried.name: first[str(run)]["validation"] for run in runs if run.tried}
                 records.append(record)
     return records
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Holds the folder, so that two commands do not train the same run in it."""
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(
+            f"{output}: another comparison runs in it: wait for it, or name another --output (--jobs runs several)"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -85,7 +85,8 @@ def write_page(records: Sequence[Record], output: Path, command: str, target_pre
             lines += ["### Where the title's most relevant token looks", ""]
         for system, picture in maps.items():
             lines += [f"{system}:", "", f"![Attention over the patches]({quote(picture)})", ""]
-    numbers["records"] = list(records)
+    # the curves are above, as means
+    numbers["records"] = [{key: value for key, value in r.items() if key != "noise"} for r in records]
     write_json(output / NUMBERS, numbers)
     path = output / PAGE
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from cmaclip_fast.layers import lay_out
+from cmaclip_fast.layouts import lay_out
 from cmaclip_fast.model import CMACLIP
 from cmaclip_fast.types import Batch, Output
 
@@ -19,9 +19,10 @@ _BUCKETS_PER_DOUBLING = 4
 class InferenceModel(nn.Module):
     """Predicts as `model` does, faster.
 
-    On a CPU the weights are laid out once for the matrix library, which takes their size in memory again; weights that
-    change later are used as they are. On a GPU they are copied in `dtype`, and each size of batch gets CUDA graphs for
-    a few numbers of text tokens, recorded when first needed; this has not been run on a GPU yet.
+    On a CPU the weights are laid out once, when first needed, for products of few rows and for those of many; each
+    takes their size in memory again. Weights that change later are used as they are. On a GPU they are copied in
+    `dtype`, and each size of batch gets CUDA graphs for a few numbers of text tokens, recorded when first needed; this
+    has not been run on a GPU yet.
     """
 
     def __init__(self, model: CMACLIP, dtype: torch.dtype | None = None, graphs: bool = True) -> None:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from cmaclip_fast.layouts import linear
 from cmaclip_fast.ops import epilogue, packed_attention
 
 
@@ -239,51 +239,6 @@ def run_layers(
         else:
             x = layer(x, rows, causal, wanted)
     return x
-
-
-# Weights laid out for the matrix library, with the version of the weight that each was made from.
-_LAID_OUT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# For fewer, MKL has plain products that round less than those from a layout.
-_FEWEST_ROWS = 16
-
-
-def lay_out(weights: Iterable[Tensor], tokens: int = 384) -> int:
-    """Lays weights out once as the CPU's matrix library wants them, for products without gradients.
-
-    A weight that is changed afterwards is used as it is.
-
-    Args:
-        weights: `[N, D]` float32 on the CPU; others are passed over.
-        tokens: MKL chooses the layout by this number of rows. That for a few hundred serves more rows as well; one for
-            more rows than come costs up to half of the speed.
-
-    Returns:
-        Bytes that the copies take; 0 where PyTorch has no such library.
-    """
-    taken = 0
-    if not torch.backends.mkl.is_available():
-        return taken
-    for weight in weights:
-        on_cpu = weight.device.type == "cpu" and not weight.is_inference()
-        if on_cpu and weight.ndim == 2 and weight.dtype == torch.float32:
-            with torch.inference_mode(False), torch.no_grad():
-                copy = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), tokens)
-            _LAID_OUT[weight] = (weight._version, weight.data_ptr(), copy)
-            taken += weight.nbytes
-    return taken
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`, by a weight that was laid out where there is one."""
-    rows = x.numel() // max(1, x.shape[-1])
-    if rows >= _FEWEST_ROWS and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        found = _LAID_OUT.get(weight) if x.dtype == torch.float32 else None
-        if found is not None and not torch.is_autocast_enabled(x.device.type):
-            version, address, copy = found
-            if version == weight._version and address == weight.data_ptr():
-                # MKL takes a layout for any number of rows; PyTorch uses it only if it is told this very number
-                return torch.ops.mkl._mkl_linear(x, copy, weight, bias, rows)
-    return F.linear(x, weight, bias)
 
 
 def recomputing_linear(

@@ -20,7 +20,8 @@ from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.tokenizer import OpenClipTokenizer, Tokenizer
 from cmaclip_fast.distinct import distinct_images, distinct_texts
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.layers import Queries, Rows, linear
+from cmaclip_fast.layers import Queries, Rows
+from cmaclip_fast.layouts import linear
 from cmaclip_fast.modules import ModalityAttention, Projection, SequenceAttention
 from cmaclip_fast.pretrained import HuggingFaceText, TimmImage, with_other_towers
 from cmaclip_fast.systems import system_config

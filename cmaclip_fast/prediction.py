@@ -19,7 +19,7 @@ from cmaclip_fast.data.images import MAX_IMAGE_PIXELS, ImageProblem, read_image,
 from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import run
-from cmaclip_fast.layers import lay_out
+from cmaclip_fast.layouts import lay_out
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.taxonomy import task_probabilities
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output

@@ -3,56 +3,9 @@
 // Scores are held transposed, keys by queries, so that a lane is a query: maxima and sums over keys need no shuffles,
 // and keys and values are multiplied in the layout that they have.
 
-constexpr int64_t kTileColumns = CMACLIP_REGISTERS == 32 ? 4 : 2;
+#include "tile.inl"
+
 constexpr float kLog2E = 1.44269504f;
-
-// The rows of a tile of `columns` vectors: as many as leave registers for one row of b and one element of a.
-constexpr int tile_rows(int columns) {
-  constexpr int wide[] = {0, 12, 12, 8, 6}, narrow[] = {0, 10, 6};
-  return CMACLIP_REGISTERS == 32 ? wide[columns] : narrow[columns];
-}
-
-// c = a b, or c = factor c + a b if `add`: a is [R, depth], or [depth, R] if Across, b [depth, C vectors], c [R, C].
-template <int R, int C, bool Across>
-__attribute__((noinline)) void multiply_tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                   bool add, const float* factor) {
-  Vec total[R][C] = {};
-  // Every third row has a pointer, and the others an offset that an address can hold.
-  constexpr int kPointers = (R + 2) / 3;
-  const float* row[kPointers];
-#pragma GCC unroll 8
-  for (int p = 0; p < kPointers; ++p) row[p] = a + 3 * p * lda;
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec across[C];
-#pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) across[j] = load(b + j * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec x = splat(Across ? a[r] : row[r / 3][r % 3 * lda]);
-#pragma GCC unroll 4
-      for (int j = 0; j < C; ++j) total[r][j] += x * across[j];
-    }
-    b += ldb;
-    if (Across) a += lda;
-#pragma GCC unroll 8
-    for (int p = 0; p < kPointers; ++p) ++row[p];
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) {
-      float* const to = c + r * ldc + j * kLanes;
-      // What is there is added last, which keeps the error of a sum in many blocks small.
-      if (add) total[r][j] += (factor == nullptr ? 1 : factor[r]) * load(to);
-      store(to, total[r][j]);
-    }
-}
-
-template <int R, int C, bool Across, typename... Arguments>
-inline void multiply_rows(int64_t rows, Arguments... arguments) {
-  if (rows == R) return multiply_tile<R, C, Across>(arguments...);
-  if constexpr (R > 1) multiply_rows<R - 1, C, Across>(rows, arguments...);
-}
 
 template <int C, bool Across>
 __attribute__((noinline)) void multiply_columns(int64_t columns, int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,

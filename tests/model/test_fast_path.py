@@ -12,8 +12,9 @@ from padded import padded_logits
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.tokenizer import OpenClipTokenizer
 from cmaclip_fast.inference import InferenceModel, bucket
-from cmaclip_fast.layers import lay_out, linear
+from cmaclip_fast.layouts import _FEW_ROWS, lay_out, linear
 from cmaclip_fast.model import CMACLIP, ModelConfig
+from cmaclip_fast.ops import dispatch, use_backend
 from cmaclip_fast.types import Batch
 
 TASKS = {"colour": ["red", "green", "blue"], "style": ["long", "short"]}
@@ -141,26 +142,38 @@ def test_weights_that_change_after_they_were_laid_out_are_used() -> None:
     torch.testing.assert_close(after, padded_logits(model, batch)["colour"], atol=2e-5, rtol=1e-4)
 
 
-def test_layouts_are_counted_and_made_of_matrices_alone() -> None:
-    weights = [torch.nn.Parameter(torch.randn(8, 4)), torch.nn.Parameter(torch.randn(4))]
-    expected = 8 * 4 * 4 if torch.backends.mkl.is_available() else 0
-    assert lay_out(weights) == expected
-
-
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
+@pytest.mark.skipif(dispatch.extension_missing() is not None, reason="the extension is not built")
 @pytest.mark.parametrize("shape", [(77, 300), (2304, 768), (768, 3072), (512, 512)])
-def test_a_layout_serves_products_of_any_number_of_rows_but_few(shape: tuple[int, int]) -> None:
+def test_a_layout_serves_products_of_any_number_of_rows(shape: tuple[int, int]) -> None:
     weight, bias = torch.nn.Parameter(torch.randn(shape)), torch.nn.Parameter(torch.randn(shape[0]))
     lay_out([weight])
-    for rows in (1, 2, 7, 16, 50, 127, 600, 1600):
+    for rows in (1, 2, 7, 16, 50, _FEW_ROWS, _FEW_ROWS + 1, 600, 1600):
         x = torch.randn(rows, shape[1])
         with torch.no_grad(), torch.profiler.profile() as profile:
             found = linear(x, weight, bias)
         ran = {event.key for event in profile.key_averages()}
-        assert ("mkl::_mkl_linear" in ran) == ("aten::linear" not in ran) == (rows >= 16)
+        few = rows <= _FEW_ROWS
+        assert ("cmaclip::_panel_linear_cpp" in ran) == few and ("mkl::_mkl_linear" in ran) == (not few)
         exact = F.linear(x.double(), weight.double(), bias.double())
         error, plain = (found - exact).abs().max(), (F.linear(x, weight, bias) - exact).abs().max()
         assert error <= 2 * plain
+
+
+def test_what_has_no_layout_is_multiplied_as_it_is() -> None:
+    weight, vector = torch.nn.Parameter(torch.randn(8, 4)), torch.nn.Parameter(torch.randn(4))
+    lay_out([weight, vector])
+    x = torch.randn(3, 4)
+    for backend in ("reference", "auto"):
+        with torch.no_grad(), use_backend(backend):
+            torch.testing.assert_close(linear(x, weight, None), x @ weight.T)
+            torch.testing.assert_close(linear(x[None, :2], weight, None), (x @ weight.T)[None, :2])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, None).dtype == torch.bfloat16
+    assert linear(x, weight, None).requires_grad
+    with torch.no_grad():
+        weight.add_(1)
+        torch.testing.assert_close(linear(x, weight, None), x @ weight.T)
 
 
 def test_buckets_hold_the_tokens_and_are_few() -> None:

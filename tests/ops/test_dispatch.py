@@ -111,7 +111,9 @@ def test_reasons_without_extension(tmp_path):
 def test_every_instruction_set_computes_the_same(name):
     """The C++ kernels in each instruction set that the processor has, in a process of its own."""
     tests = os.path.dirname(__file__)
-    files = [os.path.join(tests, f"test_{operator}.py") for operator in (*dispatch.OPERATORS, "epilogue")]
+    files = [
+        os.path.join(tests, f"test_{operator}.py") for operator in (*dispatch.OPERATORS, "epilogue", "panel_linear")
+    ]
     kinds = "results_and_gradients or head_sizes or query_and_key_lengths or few_queries or product or residual_sum"
     chosen = f"cpp and not slow and ({kinds})"
     command = [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", chosen]

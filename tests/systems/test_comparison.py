@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 
 from cmaclip_fast import InputError
-from cmaclip_fast.comparison import Comparison, Run, Try, _classify, compare, curve, prepare, record_path
+from cmaclip_fast.comparison import LOCK, Comparison, Run, Try, _classify, compare, curve, prepare, record_path
 from cmaclip_fast.comparison_page import summary, welch, write_page
 from cmaclip_fast.comparison_pictures import most_relevant_token
 from cmaclip_fast.cost import forward_flops, parameters
@@ -136,6 +137,12 @@ def test_side_by_side_is_the_same(comparison: Comparison, tmp_path: Path) -> Non
         compare(replace(few, output=tmp_path / "bad", training_options={"learning_rate": -1}), QUIET, jobs=2)
 
 
+def test_two_do_not_work_in_one_folder(comparison: Comparison, records: list[dict[str, Any]]) -> None:
+    with FileLock(comparison.output / LOCK), pytest.raises(InputError, match="another comparison runs in it"):
+        compare(comparison, QUIET)
+    assert len(compare(comparison, QUIET)) == len(records)
+
+
 def test_one_value_trains_and_all_are_measured(comparison: Comparison, tmp_path: Path) -> None:
     table = comparison.tables["shapes"]
     value = table.labels("shape")[0]
@@ -193,7 +200,7 @@ def test_the_page(comparison: Comparison, records: list[dict[str, Any]], tmp_pat
     assert shown["mean"] == pytest.approx(mean) and f"{100 * mean:.1f}" in page
     for picture in ("robustness-shapes.png", "weights-shapes.png"):
         assert f"]({picture})" in page and (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-    assert len(numbers["records"]) == len(records)
+    assert len(numbers["records"]) == len(records) and "test" in numbers["records"][0]
 
 
 def test_attention_is_drawn_for_the_first_seed_of_systems_that_have_it(
