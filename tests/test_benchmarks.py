@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.accuracy import TARGETS, markdown
 from cmaclip_fast.ops import available_backends
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "operators.py"
@@ -42,3 +43,21 @@ def test_page_takes_the_tables_between_its_marks_and_again(tmp_path):
     command[-1] = "make other"
     done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1])
     assert done.returncode == 1 and "has no marks of `make other`" in done.stderr and page.read_text() == text
+
+
+def test_results_say_what_was_not_reached(tmp_path):
+    """Two seeds' records become the table of `make results`; where one modality alone is as good, it is named."""
+
+    def record(both: float, seconds: float) -> dict:
+        views = {"both": both, "text alone": 0.1, "image alone": 0.6}
+        test = {
+            view: {task: {"accuracy": x, "macro_f1": x, "recall_at_precision": x} for task in TARGETS}
+            for view, x in views.items()
+        }
+        weights = {task: {"text": 0.25, "image": 0.75} for task in TARGETS}
+        return {"test": test, "modality_weights": weights, "seconds": seconds, "best_epoch": 3}
+
+    text = markdown([record(0.5, 90), record(0.9, 700)], [0, 1])
+    assert "| color | 0.700 ± 0.283 | 0.85 | 0.100 | 0.600 |" in text and "Not reached, both" not in text
+    assert "| 1 | 0.900 | 0.900 | 0.900 | 3 | 11.7 |" in text and "10 minutes of training: seed 1" in text
+    assert "- `color`: 0.5500 with both, 0.6000 with image alone" in markdown([record(0.55, 9)], [0])
