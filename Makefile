@@ -51,8 +51,8 @@ compare: emoji
 	$(BIN)/python -m benchmarks.page $(COMPARED)/comparison.md docs/results.md "make compare"
 
 studies: emoji
-	$(COMPARE) --data openclipart --data emoji --output $(COMPARED)/longer --rows 4096 --epochs 8 \
-		--systems cma-clip,cma-clip-without-sequence-attention,cma-clip-without-modality-attention,cma-clip-without-attention,clip
+	$(COMPARE) --data emoji --output $(COMPARED)/longer --rows 4096 --epochs 8 \
+		--systems cma-clip,cma-clip-without-attention,clip
 	$(COMPARE) --data openclipart --data emoji --output $(COMPARED)/noise --training-noise text-replace:0.5 \
 		--systems cma-clip,cma-clip-without-attention,clip,embracenet
 	$(COMPARE) --data emoji:all --output $(COMPARED)/english --train-on language=en $(LANGUAGES)
