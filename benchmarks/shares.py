@@ -20,7 +20,7 @@ from cmaclip_fast.bench.peers import SYSTEMS, Setting
 from cmaclip_fast.bench.workloads import Texts, Workload, make_batches, make_model
 
 KINDS = {
-    "products of matrices": r"::(addmm|mm|_addmm_activation|_mkl_linear)$",
+    "products of matrices": r"::(addmm|mm|_addmm_activation|_mkl_linear|_panel_linear_cpp)$",
     "attention": r"attention|softmax|rescale_qkv|::bmm$",
     "copies, the bias of products among them": r"::copy_$",
     "activation, with the bias before it": r"gelu",

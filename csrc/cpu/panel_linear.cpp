@@ -46,6 +46,7 @@ Tensor panel_linear(const Tensor x, const Tensor panels, const std::optional<Ten
     STD_TORCH_CHECK(bias->numel() == width, "bias must have ", width, " elements");
   }
   Tensor out = new_tensor(x, {rows, width});
+  if (rows == 0) return out;
   const int64_t grain = kWork / (rows * depth * panel + 1) + 1;
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> rest(width % panel && end == count ? new float[rows * panel] : nullptr);

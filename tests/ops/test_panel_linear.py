@@ -55,6 +55,11 @@ def test_number_of_threads_changes_nothing() -> None:
     assert torch.equal(*found)
 
 
+def test_no_rows() -> None:
+    panels = torch.ops.cmaclip._lay_panels_cpp(torch.randn(100, 30))
+    assert torch.ops.cmaclip._panel_linear_cpp(torch.randn(0, 30), panels, None, 100).shape == (0, 100)
+
+
 def test_what_does_not_fit_is_said() -> None:
     panels = torch.ops.cmaclip._lay_panels_cpp(torch.randn(100, 30))
     with pytest.raises(RuntimeError, match="panels are not those of a weight of 100 by 31"):
