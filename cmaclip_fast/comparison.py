@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import re
 import shutil
 import zlib
@@ -222,18 +221,16 @@ def compare(
     pairs = [(data, system) for data in comparison.tables for system in comparison.systems]
     candidates = {pair: comparison.candidates(*pair) for pair in pairs}
     others = comparison.seeds[1:]
-    done, total = 0, sum(map(len, candidates.values())) + len(pairs) * len(others)
+    total = sum(map(len, candidates.values())) + len(pairs) * len(others)
 
     bar = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True)
     with _alone(comparison.output), bar, _workers(comparison, jobs) as workers:
         task = bar.add_task("comparing", total=total)
 
         def note(run: Run, new: bool) -> None:
-            nonlocal done
-            done += 1
             bar.advance(task)
             if new:
-                bar.console.print(f"{done}/{total}: {run}", highlight=False, soft_wrap=True)
+                bar.console.print(f"{bar.tasks[task].completed:.0f}/{total}: {run}", highlight=False, soft_wrap=True)
 
         run_all = partial(_all, comparison=comparison, bench=_Bench(comparison), workers=workers, note=note)
 
@@ -277,8 +274,6 @@ def _workers(comparison: Comparison, jobs: int) -> Iterator[ProcessPoolExecutor 
         yield None
         return
     threads = max(1, torch.get_num_threads() // jobs)
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # read where a process starts
     pool = ProcessPoolExecutor(
         jobs, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(comparison, threads)
     )
@@ -286,10 +281,6 @@ def _workers(comparison: Comparison, jobs: int) -> Iterator[ProcessPoolExecutor 
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
 
 
 _worker: _Bench
@@ -327,14 +318,9 @@ def _all(
             note(run, True)
         return records
     futures = {workers.submit(_work, run): run for run in missing}
-    try:
-        for future in as_completed(futures):
-            records[str(futures[future])] = future.result()
-            note(futures[future], True)
-    except BaseException:
-        for future in futures:
-            future.cancel()
-        raise
+    for future in as_completed(futures):
+        records[str(futures[future])] = future.result()
+        note(futures[future], True)
     return records
 
 
