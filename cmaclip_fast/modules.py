@@ -85,7 +85,7 @@ class Projection(nn.Linear):
     """From a tower's width into the common width, at the scale of its input from the start.
 
     Weights start as those of CLIP's own projections do (its code: a deviation of one over the root of the input's
-    width). PyTorch's default would start both modalities at 0.58 of the tokens' scale, and the towers learn later.
+    width). PyTorch's default would start both modalities at 0.58 of the tokens' scale.
     """
 
     def reset_parameters(self) -> None:
