@@ -70,6 +70,9 @@ SHOWN_ROWS = 6
 STRENGTHS = {"image-blur": (0.02, 0.05, 0.1, 0.2), "image-noise": (0.1, 0.25, 0.5, 1.0)}
 """Levels at which a kind of damage is measured: shares of rows, or of `STRENGTHS` strengths."""
 
+ALIKE = {"mismatch": 0.0}
+"""Of the training options, unless they are asked for: what serves only a system that has modality weights is off."""
+
 QUICK_ROWS = {"train": 1024, "validation": 384, "test": 512}
 QUICK_TRAINING = {"epochs": 6, "batch_size": 32, "small_epochs": 0.0}
 QUICK_MODEL = {"image_size": 48}
@@ -164,7 +167,8 @@ class Comparison:
     def options(self, run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         """The model's and the training's options of a run."""
         tried = run.tried or Try("")
-        return {**self.model_options, **tried.model_options}, {**self.training_options, **tried.training_options}
+        model = {**self.model_options, **tried.model_options}
+        return model, {**ALIKE, **self.training_options, **tried.training_options}
 
     def candidates(self, data: str, system: str) -> list[Run]:
         """The first seed with everything that is tried; what does not concern this system only once."""

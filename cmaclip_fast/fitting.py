@@ -41,7 +41,7 @@ from cmaclip_fast.memory import Meter
 from cmaclip_fast.metrics import task_metrics
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.tiny import STRIDE
-from cmaclip_fast.types import IMAGE, TEXT, Batch
+from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
 
 log = logging.getLogger("cmaclip_fast")
 
@@ -59,8 +59,9 @@ class TrainingConfig(BaseModel):
         clip_norm: largest norm of the gradient.
         label_smoothing: share of the probability spread over all classes.
         text_dropout, image_dropout: how often a row's text, or its picture, is hidden in training, where it has both.
-        mismatch: share of the rows that are given another row's text under their own labels, so that the model learns
-            to hold the text against the picture instead of learning the training texts by heart.
+        mismatch: share of the rows that are given another row's text, so that the training texts are not learnt by
+            heart. Such a pair teaches only the tasks that the model's modality weights say it judges by the picture;
+            all tasks where a system has no such weights.
         augmentation: random changes of pictures and texts in training; None for none.
         auxiliary_weight: of the loss of the model's auxiliary heads.
         small_epochs: share of the epochs, the first ones and never all, that see pictures of two thirds the side, at
@@ -129,6 +130,7 @@ TINY_TRAINING = TrainingConfig(
         erasing=0.25,
         word_dropout=0.3,
     ),
+    mismatch=0.25,
     small_epochs=0.8,
     ema_decay=0.99,
 )
@@ -158,7 +160,7 @@ class Objective(nn.Module):
         mixed, text_rows = self._mismatch(batch)
         hidden = self._hide(mixed)
         output = self.model(hidden)
-        loss = self._loss(output.logits, batch.labels)
+        loss = self._loss(output.logits, self._labels(batch, text_rows, hidden, output))
         report = loss.detach()
         for extra in self.model.extra_losses(hidden, output).values():
             loss = loss + extra
@@ -182,6 +184,19 @@ class Objective(nn.Module):
         chosen = (torch.rand(len(batch), device=rows.device) < self.config.mismatch) & has_text & has_text[other]
         rows = torch.where(chosen, other, rows)
         return replace(batch, tokens=batch.tokens[rows], text_lengths=batch.text_lengths[rows]), rows
+
+    def _labels(self, batch: Batch, text_rows: Tensor, hidden: Batch, output: Output) -> dict[str, Tensor]:
+        """What each task learns after `_mismatch` and `_hide`: -1 where it would follow a text of another row."""
+        labels = {}
+        both = hidden.present.all(1)
+        moved = both & (text_rows != torch.arange(len(batch), device=text_rows.device))
+        for task, label in batch.labels.items():
+            # a text whose picture is hidden keeps what it says
+            labels[task] = label.where(hidden.present[:, IMAGE], label[text_rows])
+            if output.modality_weights is not None:
+                text, image = output.modality_weights[task].detach()[both].sum(0)
+                labels[task] = labels[task].masked_fill(moved & (text > image), -1)
+        return labels
 
     def _hide(self, batch: Batch) -> Batch:
         """Modality dropout: hides the text of some complete pairs and the picture of some others.

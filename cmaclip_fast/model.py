@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -29,9 +29,6 @@ from cmaclip_fast.systems.base import System
 from cmaclip_fast.tiny import TinyCLIP
 from cmaclip_fast.towers import image_tower, text_tower
 from cmaclip_fast.types import IMAGE, TEXT, AttentionMaps, Batch, Output
-
-if TYPE_CHECKING:
-    pass
 
 
 class ModelConfig(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from cmaclip_fast.fitting import (
 )
 from cmaclip_fast.memory import Meter
 from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.types import Output
 
 ROWS = 400
 
@@ -86,6 +88,22 @@ def test_mismatch_moves_whole_texts_between_rows_that_have_one(model: CMACLIP) -
     assert 0.2 < moved.float().mean() < 0.45
     assert batch.present[moved, 0].all() and batch.present[rows[moved], 0].all()
     assert torch.equal(objective._mismatch(batch)[0].present, batch.present)
+
+
+def test_a_moved_text_teaches_only_what_is_judged_by_the_picture(model: CMACLIP) -> None:
+    objective = Objective(model, TrainingConfig(mismatch=0.4))
+    batch = batch_of(ROWS)
+    batch = replace(batch, labels={"colour": torch.arange(ROWS), "cut": torch.arange(ROWS)})
+    mixed, rows = objective._mismatch(batch)
+    hidden = objective._hide(mixed)
+    by_image, by_text = hidden.present * torch.tensor([0.2, 0.8]), hidden.present * torch.tensor([0.8, 0.2])
+    labels = objective._labels(batch, rows, hidden, Output({}, {"colour": by_image, "cut": by_text}))
+    own = torch.arange(ROWS)
+    seen = torch.where(hidden.present[:, 1], own, rows)
+    assert torch.equal(labels["colour"], seen) and not torch.equal(seen, own)
+    torn = hidden.present.all(1) & (rows != own)
+    assert torn.any() and torch.equal(labels["cut"], seen.masked_fill(torn, -1))
+    assert torch.equal(objective._labels(batch, rows, hidden, Output({}))["cut"], seen)
 
 
 def test_checkpoint_restores_everything_and_refuses_damage(model: CMACLIP, tmp_path: Path) -> None:

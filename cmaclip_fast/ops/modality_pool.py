@@ -62,7 +62,7 @@ library.define(
 
 @library.impl("cmaclip::modality_pool", "default")
 def _forward(embeddings: Tensor, weight: Tensor, present: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    checks.not_nan("weight", weight)
+    checks.not_nan(weight=weight)
     run = dispatch.implementation("modality_pool", "forward", backend, embeddings)
     return run(embeddings.contiguous(), weight.contiguous(), present.contiguous())
 

@@ -85,7 +85,7 @@ def _forward(
     checked = checks.values_are_checked(logits)
     if checked:
         _check_offsets(logits, offsets)
-        checks.not_nan("logits", logits)
+        checks.not_nan(logits=logits)
     run = dispatch.implementation("multitask_cross_entropy", "forward", backend, logits)
     found: tuple[Tensor, Tensor, Tensor] = run(
         logits.contiguous(),

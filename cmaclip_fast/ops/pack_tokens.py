@@ -130,8 +130,7 @@ def _check_values(text: Tensor, image: Tensor, text_lengths: Tensor, present: Te
         tokens = int((text_lengths * present[:, 0]).sum() + image.shape[1] * present[:, 1].sum())
         if tokens > capacity:
             raise ValueError(f"capacity must be at least the number of tokens, {tokens}, but is {capacity}")
-    checks.not_nan("text", text)
-    checks.not_nan("image", image)
+    checks.not_nan(text=text, image=image)
 
 
 @library.register_fake("cmaclip::pack_tokens")

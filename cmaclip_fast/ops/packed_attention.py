@@ -100,8 +100,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q, len(q), max_seqlen_q)
     checks.cu_seqlens("cu_seqlens_k", cu_seqlens_k, len(k), max_seqlen_k)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        checks.not_nan(name, tensor)
+    checks.not_nan(q=q, k=k, v=v)
     run = dispatch.implementation("packed_attention", "forward", backend, q, _cannot(q))
     q, k, v = (_last_contiguous(x) for x in (q, k, v))
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()

@@ -13,18 +13,12 @@ namespace {
 // What an element's activation costs, in multiplications.
 constexpr int64_t kActivation = 16;
 
-void check(const char* name, const Tensor& tensor, int64_t rows, int64_t width) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
-                  " must be contiguous float32");
-  STD_TORCH_CHECK(tensor.numel() == rows * width, name, " must have ", rows, " rows of ", width, " elements");
-}
-
 // `x [T, D]`, `bias [D]` -> GELU of `x + bias`, in `out`, which may be `x`.
 void bias_gelu_forward(const Tensor x, const Tensor bias, bool quick, Tensor out) {
   const int64_t rows = x.size(0), width = x.size(1);
-  check("x", x, rows, width);
-  check("bias", bias, 1, width);
-  check("out", out, rows, width);
+  check_floats("x", x, rows * width);
+  check_floats("bias", bias, width);
+  check_floats("out", out, rows * width);
   torch::stable::parallel_for(0, rows, grain(kActivation * width), [&](int64_t begin, int64_t end) {
     CMACLIP_DISPATCH(bias_gelu)
     (end - begin, width, quick, data<float>(x) + begin * width, data<float>(bias),
@@ -35,9 +29,9 @@ void bias_gelu_forward(const Tensor x, const Tensor bias, bool quick, Tensor out
 // `grad [T, D]` of the activation becomes that of `x`; the activation itself is computed again -> `[T, D]`.
 Tensor bias_gelu_backward(Tensor grad, const Tensor x, const Tensor bias, bool quick) {
   const int64_t rows = x.size(0), width = x.size(1);
-  check("x", x, rows, width);
-  check("bias", bias, 1, width);
-  check("grad", grad, rows, width);
+  check_floats("x", x, rows * width);
+  check_floats("bias", bias, width);
+  check_floats("grad", grad, rows * width);
   Tensor activated = new_tensor(x, {rows, width});
   torch::stable::parallel_for(0, rows, grain(kActivation * width), [&](int64_t begin, int64_t end) {
     CMACLIP_DISPATCH(bias_gelu_gradient)
@@ -50,9 +44,9 @@ Tensor bias_gelu_backward(Tensor grad, const Tensor x, const Tensor bias, bool q
 // `branch [T, D]` becomes `x + branch + bias`.
 void add_branch_(Tensor branch, const Tensor x, const Tensor bias) {
   const int64_t rows = x.size(0), width = x.size(1);
-  check("x", x, rows, width);
-  check("bias", bias, 1, width);
-  check("branch", branch, rows, width);
+  check_floats("x", x, rows * width);
+  check_floats("bias", bias, width);
+  check_floats("branch", branch, rows * width);
   torch::stable::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
     CMACLIP_DISPATCH(add_branch)
     (end - begin, width, data<float>(x) + begin * width, data<float>(bias),

@@ -14,11 +14,6 @@ namespace {
 // Below this many multiplications a second thread costs more than it brings.
 constexpr int64_t kWork = 262144;
 
-void check(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
-                  " must be contiguous float32");
-}
-
 int64_t panels_of(int64_t width) {
   const int64_t one = CMACLIP_DISPATCH(panel_width)();
   return (width + one - 1) / one;
@@ -26,8 +21,8 @@ int64_t panels_of(int64_t width) {
 
 // `weight [N, D]` -> its panels, one after the other.
 Tensor lay_panels(const Tensor weight) {
-  check("weight", weight);
   const int64_t width = weight.size(0), depth = weight.size(1), panels = panels_of(width);
+  check_floats("weight", weight, width * depth);
   Tensor laid = new_tensor(weight, {panels * CMACLIP_DISPATCH(panel_width)() * depth});
   torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     CMACLIP_DISPATCH(lay_panels)(begin, end, width, depth, data<float>(weight), mutable_data<float>(laid));
@@ -37,14 +32,11 @@ Tensor lay_panels(const Tensor weight) {
 
 // `x [T, D]`, the panels of `weight [N, D]`, `bias [N]` -> `x weight^T + bias`, `[T, N]`.
 Tensor panel_linear(const Tensor x, const Tensor panels, const std::optional<Tensor> bias, int64_t width) {
-  check("x", x);
   const int64_t rows = x.size(0), depth = x.size(1), count = panels_of(width);
   const int64_t panel = CMACLIP_DISPATCH(panel_width)();
+  check_floats("x", x, rows * depth);
   STD_TORCH_CHECK(panels.numel() == count * panel * depth, "panels are not those of a weight of ", width, " by ", depth);
-  if (bias) {
-    check("bias", *bias);
-    STD_TORCH_CHECK(bias->numel() == width, "bias must have ", width, " elements");
-  }
+  if (bias) check_floats("bias", *bias, width);
   Tensor out = new_tensor(x, {rows, width});
   if (rows == 0) return out;
   const int64_t grain = kWork / (rows * depth * panel + 1) + 1;

@@ -38,6 +38,12 @@ T* mutable_data(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+inline void check_floats(const char* name, const Tensor& tensor, int64_t elements) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
+                  " must be contiguous float32");
+  STD_TORCH_CHECK(tensor.numel() == elements, name, " must have ", elements, " elements");
+}
+
 // Calls `run` with a value of the tensor's element type, float or BFloat16.
 template <typename F>
 void for_dtype(const Tensor& tensor, const char* name, const F& run) {

@@ -61,6 +61,12 @@ def test_every_system_and_seed_has_a_record(comparison: Comparison, records: lis
         assert (record["weights"] is not None) == (record["system"] == "cma-clip")
 
 
+def test_what_needs_modality_weights_is_off_unless_asked_for(comparison: Comparison) -> None:
+    run = Run("shapes", "clip", 0)
+    assert comparison.options(run)[1]["mismatch"] == 0
+    assert replace(comparison, training_options={"mismatch": 0.2}).options(run)[1]["mismatch"] == 0.2
+
+
 def test_what_is_finished_is_not_repeated(comparison: Comparison, records: list[dict[str, Any]]) -> None:
     one = record_path(comparison.output, Run("shapes", "bert", 1))
     others = {path: path.stat().st_mtime_ns for path in one.parent.iterdir() if path != one}
