@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import statistics
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,7 +105,9 @@ def cells(records: list[dict[str, Any]], task: str) -> list[str]:
 
 def summary(records: list[dict[str, Any]], seeds: list[int]) -> Table:
     title = f"openclipart, test rows, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-    table = Table(*HEADINGS, title=title, box=None)
+    # headings are broken, so that 80 columns are enough
+    headings = [textwrap.fill(heading, 9, break_long_words=False) for heading in HEADINGS]
+    table = Table(*headings, title=title, box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for task in TARGETS:
         table.add_row(*cells(records, task))
     return table
