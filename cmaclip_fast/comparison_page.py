@@ -20,6 +20,7 @@ from cmaclip_fast.files import write_json
 
 PAGE, NUMBERS = "comparison.md", "comparison.json"
 SIGNIFICANT = 0.05
+VALIDATION = "average, validation"
 METRICS = {"accuracy": "Accuracy", "macro_f1": "Macro-F1", "recall_at_precision": "Recall"}
 
 Record = dict[str, Any]
@@ -95,9 +96,9 @@ def write_page(records: Sequence[Record], output: Path, command: str, target_pre
 
 def summary(records: Sequence[Record], metric: str) -> dict[str, dict[str, dict[str, float | None]]]:
     """For each system and task, and `average` over tasks: mean, deviation over seeds, and the p-value of Welch's test
-    against the first system; None where there are too few seeds."""
+    against the first system; None where there are too few seeds. Accuracy has the validation rows' average too."""
     systems = _unique(r["system"] for r in records)
-    columns = [*_tasks(records), "average"]
+    columns = [*_tasks(records), "average", *([VALIDATION] if metric == "accuracy" else [])]
     values = {s: {c: [_value(r, c, metric) for r in records if r["system"] == s] for c in columns} for s in systems}
     return {
         system: {
@@ -184,6 +185,8 @@ def _tasks(records: Sequence[Record]) -> list[str]:
 
 
 def _value(record: Record, column: str, metric: str) -> float:
+    if column == VALIDATION:
+        return float(record["validation"])
     tasks = record["test"]["both"]
     if column != "average":
         return float(tasks[column][metric])

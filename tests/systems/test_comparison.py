@@ -204,6 +204,8 @@ def test_the_page(comparison: Comparison, records: list[dict[str, Any]], tmp_pat
     shown = numbers["data"]["shapes"]["accuracy"]["bert"]["shape"]
     mean = sum(r["test"]["both"]["shape"]["accuracy"] for r in records if r["system"] == "bert") / 2
     assert shown["mean"] == pytest.approx(mean) and f"{100 * mean:.1f}" in page
+    validation = numbers["data"]["shapes"]["accuracy"]["bert"]["average, validation"]["mean"]
+    assert validation == pytest.approx(sum(r["validation"] for r in records if r["system"] == "bert") / 2)
     for picture in ("robustness-shapes.png", "weights-shapes.png"):
         assert f"]({picture})" in page and (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert len(numbers["records"]) == len(records) and "test" in numbers["records"][0]
@@ -233,11 +235,12 @@ def test_significance() -> None:
 
     def record(system: str, seed: int, value: float) -> dict[str, Any]:
         metrics = {"accuracy": value, "rows": 4.0}
-        return {"system": system, "seed": seed, "test": {"both": {"a": metrics, "b": {"accuracy": 0.0, "rows": 0.0}}}}
+        test = {"both": {"a": metrics, "b": {"accuracy": 0.0, "rows": 0.0}}}
+        return {"system": system, "seed": seed, "test": test, "validation": value}
 
     rows = [record("one", s, 0.5 + s / 100) for s in range(3)] + [record("two", s, 0.2 + s / 100) for s in range(3)]
     table = summary(rows, "accuracy")
-    assert list(table["one"]) == ["a", "average"], "a task without labelled rows has no column"
+    assert list(table["one"]) == ["a", "average", "average, validation"], "a task without labelled rows has no column"
     assert table["one"]["average"]["p"] is None and table["two"]["average"]["p"] < 0.05
     assert table["one"]["a"]["mean"] == pytest.approx(0.51) and table["one"]["a"]["deviation"] == pytest.approx(0.01)
 
