@@ -175,7 +175,7 @@ class Objective(nn.Module):
         return torch.stack(list(multitask_loss(logits, labels, self.config.label_smoothing).values())).mean()
 
     def _mismatch(self, batch: Batch) -> tuple[Batch, Tensor]:
-        """Gives some rows the text of another row, under their own labels; `[B]`, whose text each row now has."""
+        """Gives some rows the text of another row; `[B]`, whose text each row now has."""
         rows = torch.arange(len(batch), device=batch.present.device)
         if not self.config.mismatch or not all(self.model.modalities):
             return batch, rows
