@@ -71,7 +71,7 @@ STRENGTHS = {"image-blur": (0.02, 0.05, 0.1, 0.2), "image-noise": (0.1, 0.25, 0.
 """Levels at which a kind of damage is measured: shares of rows, or of `STRENGTHS` strengths."""
 
 ALIKE = {"mismatch": 0.0}
-"""Of the training options, unless they are asked for: what serves only a system that has modality weights is off."""
+"""Of the training options, unless they are asked for: what only systems with modality weights can use is off."""
 
 QUICK_ROWS = {"train": 1024, "validation": 384, "test": 512}
 QUICK_TRAINING = {"epochs": 6, "batch_size": 32, "small_epochs": 0.0}

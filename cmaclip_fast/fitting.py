@@ -61,7 +61,7 @@ class TrainingConfig(BaseModel):
         text_dropout, image_dropout: how often a row's text, or its picture, is hidden in training, where it has both.
         mismatch: share of the rows that are given another row's text, so that the training texts are not learnt by
             heart. Such a pair teaches only the tasks that the model's modality weights say it judges by the picture;
-            all tasks where a system has no such weights.
+            a system without such weights is given none.
         augmentation: random changes of pictures and texts in training; None for none.
         auxiliary_weight: of the loss of the model's auxiliary heads.
         small_epochs: share of the epochs, the first ones and never all, that see pictures of two thirds the side, at
@@ -177,7 +177,7 @@ class Objective(nn.Module):
     def _mismatch(self, batch: Batch) -> tuple[Batch, Tensor]:
         """Gives some rows the text of another row; `[B]`, whose text each row now has."""
         rows = torch.arange(len(batch), device=batch.present.device)
-        if not self.config.mismatch or not all(self.model.modalities):
+        if not self.config.mismatch or not self.model.weighs_modalities:
             return batch, rows
         other = torch.randperm(len(batch), device=rows.device)
         has_text = batch.present[:, TEXT]

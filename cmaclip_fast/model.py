@@ -163,6 +163,10 @@ class CMACLIP(System):
         if config.auxiliary_heads:
             self.auxiliary_heads = nn.ModuleList([self.make_heads(width) for _ in ("text", "image")])
 
+    @property
+    def weighs_modalities(self) -> bool:
+        return self.config.modality_attention
+
     def forward(self, batch: Batch, with_attention: bool = False, capacity: int | None = None) -> Output:
         """Classifies a batch.
 

@@ -88,6 +88,8 @@ def test_mismatch_moves_whole_texts_between_rows_that_have_one(model: CMACLIP) -
     assert 0.2 < moved.float().mean() < 0.45
     assert batch.present[moved, 0].all() and batch.present[rows[moved], 0].all()
     assert torch.equal(objective._mismatch(batch)[0].present, batch.present)
+    ablation = create_model("tiny", model.tasks, tokenizer=model.tokenizer, image_size=32, modality_attention=False)
+    assert Objective(ablation, TrainingConfig(mismatch=0.4))._mismatch(batch)[0] is batch, "it has no modality weights"
 
 
 def test_a_moved_text_teaches_only_what_is_judged_by_the_picture(model: CMACLIP) -> None:

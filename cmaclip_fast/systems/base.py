@@ -100,6 +100,11 @@ class System(nn.Module):
         return {}
 
     @property
+    def weighs_modalities(self) -> bool:
+        """Whether `forward` gives modality weights."""
+        return False
+
+    @property
     def has_auxiliary_heads(self) -> bool:
         """Whether `auxiliary_logits` can be asked for."""
         return all(self.modalities) and bool(getattr(self.config, "auxiliary_heads", False))
