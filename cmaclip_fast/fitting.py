@@ -39,6 +39,7 @@ from cmaclip_fast.files import write_tensors
 from cmaclip_fast.losses import contrastive_loss, multitask_loss
 from cmaclip_fast.memory import Meter
 from cmaclip_fast.metrics import task_metrics
+from cmaclip_fast.pretrained import TimmImage
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.tiny import STRIDE
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
@@ -66,7 +67,7 @@ class TrainingConfig(BaseModel):
         auxiliary_weight: of the loss of the model's auxiliary heads.
         small_epochs: share of the epochs, the first ones and never all, that see pictures of two thirds the side, at
             half the cost; only for `tiny`.
-        pretrained_learning_rate: peak, for a text tower that was read from a folder.
+        pretrained_learning_rate: peak, for a Hugging Face text tower and for a timm image tower with weights of a file.
         contrastive_epochs: passes over the training pairs with CLIP's own loss before the tasks.
         ema_decay: of the running average of the weights, which is what is evaluated and kept; 0 for none.
         patience: epochs without a better validation score before training stops; 0 for never. The score counts from
@@ -379,12 +380,16 @@ def describe_epoch(record: dict[str, float], stages: int) -> str:
 
 
 def parameter_groups(model: System, config: TrainingConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: towers, a text tower read from a folder, and new layers, each with and without weight decay.
+    """AdamW's groups: towers, other towers with weights of their own, and new layers, with and without weight decay.
 
     `peak` is the rate after warm-up.
     """
     towers = {name for name, _ in model.tower_parameters()}
     rates = {"new": config.learning_rate, "tower": config.tower_learning_rate, "read": config.pretrained_learning_rate}
+    text, image = model.config.text_tower, model.config.image_tower
+    read: tuple[str, ...] = () if text is None else ("text_tower.text.transformer.",)
+    if isinstance(image, TimmImage) and image.read:
+        read += ("image_tower.visual.trunk.",)
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -392,7 +397,7 @@ def parameter_groups(model: System, config: TrainingConfig) -> list[dict[str, An
                 ("positional_embedding", "class_embedding", "type_embedding", "cls_emb")
             )
             kind = "tower" if name in towers else "new"
-            if model.config.text_tower is not None and name.startswith("text_tower.text.transformer."):
+            if name.startswith(read):
                 kind = "read"
             groups.setdefault((kind, decays), []).append(parameter)
     return [

@@ -42,11 +42,16 @@ class HuggingFaceText(BaseModel):
 
 
 class TimmImage(BaseModel):
-    """What a timm image tower is built from again, its weights apart."""
+    """What a timm image tower is built from again, its weights apart.
+
+    Attributes:
+        read: it started from weights of a file, not from random ones.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     model: str
+    read: bool = False
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -203,6 +208,8 @@ def _image_tower(image: str | TimmImage, embed: int, size: int) -> tuple[TimmMod
     if hasattr(trunk, "set_input_size"):
         trunk.set_input_size(img_size=(size, size))
     if weights:
+        if not Path(weights).is_file():
+            raise InputError(f"{weights}: missing: name a file with weights of '{name}', as {name}:FILE")
         try:
             # what is left over is the classifier of the data that the weights were trained on
             timm.models.load_checkpoint(trunk, weights, strict=False, weights_only=True)
@@ -211,4 +218,5 @@ def _image_tower(image: str | TimmImage, embed: int, size: int) -> tuple[TimmMod
             raise InputError(f"{weights}: no weights of '{name}' ({reason}): name another file") from None
     data = timm.data.resolve_model_data_config(trunk)
     preprocessing = ImagePreprocessing(size=size, mean=tuple(data["mean"]), std=tuple(data["std"]))
-    return visual, TimmImage(model=name), preprocessing
+    read = bool(weights) or (isinstance(image, TimmImage) and image.read)
+    return visual, TimmImage(model=name, read=read), preprocessing

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 from benchmarks.accuracy import TARGETS, markdown
+from benchmarks.towers import IMAGE_TOWER, renamed
 from cmaclip_fast.ops import available_backends
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "operators.py"
@@ -61,3 +64,13 @@ def test_results_say_what_was_not_reached(tmp_path):
     assert "| color | 0.700 ± 0.283 | 0.85 | 0.100 | 0.600 |" in text and "Not reached, both" not in text
     assert "| 1 | 0.900 | 0.900 | 0.900 | 3 | 11.7 |" in text and "10 minutes of training: seed 1" in text
     assert "- `color`: 0.5500 with both, 0.6000 with image alone" in markdown([record(0.55, 9)], [0])
+
+
+def test_weights_under_other_names_are_taken_in_order_or_refused():
+    expected = timm.create_model(IMAGE_TOWER).state_dict()
+    parts = {name: f"layer{i}.{name.rpartition('.')[2]}" for i, name in enumerate(expected)}
+    found = renamed({parts[name]: tensor + 1 for name, tensor in expected.items()})
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], tensor + 1) for name, tensor in expected.items())
+    with pytest.raises(ValueError, match="stands where"):
+        renamed({parts[name]: expected[name] for name in reversed(expected)})

@@ -125,6 +125,10 @@ def test_a_timm_tower_by_name_and_with_local_weights(tmp_path: Path) -> None:
     assert torch.equal(read.state_dict()[stem], trunk.state_dict()["conv1.0.weight"])
     assert not torch.equal(plain.state_dict()[stem], trunk.state_dict()["conv1.0.weight"])
     assert read.preprocessing.size == 64 and read.preprocessing.mean[0] == pytest.approx(0.485)
+    for system, rate in ((plain, 1e-4), (read, 1e-6)):
+        config = TrainingConfig(tower_learning_rate=1e-4, pretrained_learning_rate=1e-6)
+        rates = {id(p): group["peak"] for group in parameter_groups(system, config) for p in group["params"]}
+        assert rates[id(dict(system.named_parameters())[stem])] == rate
 
     save_model(tmp_path, read, DataColumns(image="i", text=None, tasks=list(TASKS)), "here", {"seed": 0})
     path.unlink()
@@ -142,6 +146,8 @@ def test_a_timm_vit_takes_the_size_of_the_pictures() -> None:
 def test_an_unknown_timm_model_and_damaged_weights_are_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="timm has no model 'resnet10x'"):
         create_timm("resnet10x")
+    with pytest.raises(InputError, match=r"none\.safetensors: missing"):
+        create_timm(f"resnet10t:{tmp_path / 'none.safetensors'}")
     (tmp_path / "bad.safetensors").write_bytes(b"no weights")
     with pytest.raises(InputError, match=r"bad\.safetensors"):
         create_timm(f"resnet10t:{tmp_path / 'bad.safetensors'}")
