@@ -18,6 +18,8 @@ BIN := $(VENV)/bin
 COMPARED := benchmarks/results/compare
 COMPARE := $(BIN)/cmaclip compare --quick --jobs $(JOBS)
 TOWERS := $(RUNS)/towers
+RATES := --try learning_rate=1e-3,tower_learning_rate=1e-3 --try learning_rate=2e-3,tower_learning_rate=2e-3
+ABLATIONS := cma-clip,cma-clip-without-sequence-attention,cma-clip-without-modality-attention,cma-clip-without-attention
 LANGUAGES := --by language --rows 4096 --test-rows 2800 --seeds 0 --systems cma-clip,clip,embracenet,bert
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.installed-bench
@@ -47,8 +49,7 @@ emoji: install
 	$(BIN)/cmaclip data show emoji >/dev/null 2>&1 || $(BIN)/cmaclip data build emoji
 
 compare: emoji
-	$(COMPARE) --data openclipart --data emoji --output $(COMPARED) \
-		--try learning_rate=1e-3,tower_learning_rate=1e-3 --try learning_rate=2e-3,tower_learning_rate=2e-3
+	$(COMPARE) --data openclipart --data emoji --output $(COMPARED) $(RATES)
 	$(BIN)/python -m benchmarks.page $(COMPARED)/comparison.md docs/results.md "make compare"
 
 # its licence is not stated: fetched for this use alone
@@ -58,11 +59,11 @@ towers: install
 
 studies: emoji towers
 	$(COMPARE) --data emoji --output $(COMPARED)/longer --rows 4096 --epochs 8 \
-		--systems cma-clip,cma-clip-without-attention,clip
+		--systems $(ABLATIONS),clip $(RATES)
 	$(COMPARE) --data openclipart --data emoji --output $(COMPARED)/noise --training-noise text-replace:0.5
 	$(COMPARE) --data openclipart --output $(COMPARED)/pretrained --text-tower $(TOWERS)/minilm \
-		--image-tower tf_efficientnet_lite0:$(TOWERS)/efficientnet_lite0.safetensors --option image_size=96 \
-		--systems cma-clip,cma-clip-without-sequence-attention,cma-clip-without-modality-attention,cma-clip-without-attention,clip
+		--image-tower tf_efficientnet_lite0:$(TOWERS)/efficientnet_lite0.safetensors --option image_size=96 --epochs 4 \
+		--systems $(ABLATIONS),clip
 	$(COMPARE) --data emoji:all --output $(COMPARED)/english --train-on language=en $(LANGUAGES)
 	$(COMPARE) --data emoji:all --output $(COMPARED)/languages $(LANGUAGES)
 	for study in longer noise pretrained english languages; do \

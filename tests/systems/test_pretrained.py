@@ -54,6 +54,7 @@ def test_the_tower_gives_what_the_encoder_gives(bert: System, minilm: Path) -> N
     tokens, lengths = bert.text_tower(batch.tokens, batch.text_lengths)
     torch.testing.assert_close(tokens[:, 0], expected, atol=1e-5, rtol=1e-4)
     assert lengths.tolist() == (batch.text_lengths + 1).tolist()
+    assert tokens.shape[1] == int(lengths.max()) < batch.tokens.shape[1], "it computes what is behind the longest text"
 
 
 @torch.inference_mode()
