@@ -59,11 +59,11 @@ towers: install
 
 studies: emoji towers
 	$(COMPARE) --data emoji --output $(COMPARED)/longer --rows 4096 --epochs 8 \
-		--systems $(ABLATIONS),clip $(RATES)
+		--systems cma-clip,cma-clip-without-attention,clip $(RATES)
 	$(COMPARE) --data openclipart --data emoji --output $(COMPARED)/noise --training-noise text-replace:0.5
 	$(COMPARE) --data openclipart --output $(COMPARED)/pretrained --text-tower $(TOWERS)/minilm \
 		--image-tower tf_efficientnet_lite0:$(TOWERS)/efficientnet_lite0.safetensors --option image_size=96 --epochs 4 \
-		--systems $(ABLATIONS),clip
+		--systems $(ABLATIONS),clip --try learning_rate=5e-4 --try learning_rate=2e-3
 	$(COMPARE) --data emoji:all --output $(COMPARED)/english --train-on language=en $(LANGUAGES)
 	$(COMPARE) --data emoji:all --output $(COMPARED)/languages $(LANGUAGES)
 	for study in longer noise pretrained english languages; do \

@@ -49,6 +49,13 @@ class BadRows(str, Enum):
     mask = "mask"
 
 
+class EngineName(str, Enum):
+    """Where rows are labelled."""
+
+    local = "local"
+    ray = "ray"
+
+
 class Vectors(str, Enum):
     """Whether a task has one keyless vector, or one for each modality."""
 
@@ -303,23 +310,45 @@ def predict(
     max_image_pixels: PixelsOption = MAX_PIXELS,
     batch_size: BatchOption = 64,
     device: DeviceOption = "auto",
+    engine: Annotated[
+        EngineName, typer.Option(help="This process, or a Ray cluster (RAY_ADDRESS).")
+    ] = EngineName.local,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Models side by side with Ray [one for each GPU, or machine].")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that did not end.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Label rows: per task the label, its probability, the top five and the modality weights, as Parquet.
 
+    Rows are labelled part by part; after an interruption `--resume` goes on with what is left.
+
     Example: `cmaclip predict runs/clipart --data openclipart --split test --key id --output labels.parquet`
     """
-    from cmaclip_fast.prediction import predict_table
+    from cmaclip_fast.artifact import load_config
+    from cmaclip_fast.bulk import BulkRun, predict_table
 
     _check_output_file(output, overwrite)
-    model, config = _load(directory, device)
+    config = load_config(directory)
     source = Source(data, image, text, [], key, image_dir, split, split_column, on_bad_rows, max_image_pixels)
-    table, counts = source.rows(config)
-    examples = _examples(model, table, "ignore")
-    if examples.truncated:
-        counts["truncated text"] = examples.truncated
-    keys: list[dict[str, Any]] = [table.keys(i) or {"row": table.row_number(i)} for i in range(len(table))]
-    rows = predict_table(model, examples, keys, output, batch_size, _device(device))
+    bulk = BulkRun(
+        directory,
+        source.unchecked(config),
+        output,
+        on_bad_rows.value,
+        batch_size,
+        None if device == "auto" else device if engine is EngineName.ray else _device(device),
+        engine.value,
+        workers,
+        resume,
+        overwrite,
+    )
+    try:
+        counts = predict_table(bulk, config.tasks, err)
+    except KeyboardInterrupt:
+        err.print("interrupted: labelled rows are kept; go on with the same command and --resume")
+        raise typer.Exit(130) from None
+    rows = counts.pop("rows")
     for kind, number in counts.items():
         err.print(f"{kind}: {number}", highlight=False)
     out.print(f"{rows} rows: {output}", soft_wrap=True, highlight=False)

@@ -18,7 +18,6 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
@@ -28,6 +27,7 @@ from cmaclip_fast.cost import forward_flops, parameters
 from cmaclip_fast.data.check import RowPolicy, check_rows
 from cmaclip_fast.data.examples import Examples
 from cmaclip_fast.data.files import near
+from cmaclip_fast.data.kept import KeptPictures
 from cmaclip_fast.data.noise import Kind, Noise, NoisyTable, add_noise
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.split import split_table
@@ -180,22 +180,6 @@ class Comparison:
             model, training = self.options(run)
             different.setdefault(repr([_known(system, model), training]), run)
         return list(different.values())
-
-
-class KeptPictures(Table):
-    """The same rows, their pictures made square and kept, so that each is decoded once for all runs."""
-
-    def __init__(self, table: Table, preprocessing: ImagePreprocessing) -> None:
-        super().__init__(table._source, table._rows, table._masked)
-        self._preprocessing = preprocessing
-        self._kept: dict[int, Image.Image | None] = {}
-
-    def image(self, index: int, background: str = "white") -> Image.Image | None:
-        if index not in self._kept:
-            picture = super().image(index, background)
-            square = None if picture is None else self._preprocessing.pixels(picture)
-            self._kept[index] = None if square is None else Image.fromarray(square.permute(1, 2, 0).numpy())
-        return self._kept[index]
 
 
 def compare(

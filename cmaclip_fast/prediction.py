@@ -1,25 +1,20 @@
-"""Labels for new rows: a few pairs in memory, or a table written as Parquet."""
+"""What a model says of rows: labels, probabilities and weights; and that of a few pairs in memory."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
 
-from cmaclip_fast.data.examples import Examples
 from cmaclip_fast.data.images import MAX_IMAGE_PIXELS, ImageProblem, read_image, to_rgb
 from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.evaluation import run
-from cmaclip_fast.layouts import lay_out
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.taxonomy import task_probabilities
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
@@ -127,61 +122,3 @@ def output_schema(keys: pa.Schema, tasks: dict[str, list[str]]) -> pa.Schema:
             pa.field(f"{task}_image_weight", pa.float32()),
         ]
     return pa.schema(fields)
-
-
-def predict_table(
-    model: System,
-    examples: Examples,
-    keys: list[dict[str, Any]],
-    output: Path,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
-) -> int:
-    """Labels every row of a table and writes them as Parquet, whole or not at all.
-
-    Args:
-        keys: for each row the values of its key columns.
-        output: the file to write; its folder must exist.
-
-    Returns:
-        Rows written.
-
-    Raises:
-        InputError: the folder of `output` is missing, or a key column has the name of an output column.
-    """
-    if not output.parent.is_dir():
-        raise InputError(f"{output.parent}: no such folder: make it, or name another --output")
-    key_table = pa.Table.from_pylist(keys)
-    taken = set(key_table.column_names) & {field.name for field in output_schema(pa.schema([]), model.tasks)}
-    if taken:
-        raise InputError(
-            f"key column '{sorted(taken)[0]}' has the name of an output column: choose other --key columns"
-        )
-    schema = output_schema(key_table.schema, model.tasks)
-    lay_out(model.parameters())
-    temporary = output.with_name(output.name + ".tmp")
-    done = 0
-    try:
-        with pq.ParquetWriter(temporary, schema) as writer:
-            for _, result in run(model, examples, batch_size, device, description="predicting"):
-                rows = read_output(result, model.tasks, model.taxonomies)
-                records = [
-                    {**key, **_flatten(row)} for key, row in zip(keys[done : done + len(rows)], rows, strict=True)
-                ]
-                writer.write_table(pa.Table.from_pylist(records, schema=schema))
-                done += len(rows)
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return done
-
-
-def _flatten(row: dict[str, Prediction]) -> dict[str, Any]:
-    record: dict[str, Any] = {}
-    for task, prediction in row.items():
-        record[task] = prediction.label
-        record[f"{task}_probability"] = prediction.probability
-        record[f"{task}_top"] = [{"label": label, "probability": p} for label, p in prediction.top]
-        record[f"{task}_text_weight"] = prediction.text_weight
-        record[f"{task}_image_weight"] = prediction.image_weight
-    return record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, get_args
 
@@ -36,6 +36,16 @@ def check_rows(
         InputError: the first bad row under `error`; or no row is left.
         ValueError: an unknown policy.
     """
+    checked, _, counts = usable_rows(table, policy, progress)
+    if len(checked) == 0:
+        raise InputError(f"{table.name}: no usable row is left ({tally(counts)}); mend the rows")
+    return checked, counts
+
+
+def usable_rows(
+    table: Table, policy: RowPolicy = "error", progress: Callable[[int, int], None] | None = None
+) -> tuple[Table, list[int], dict[str, int]]:
+    """As `check_rows`, but gives the numbers of the rows to use too, and there may be none."""
     if policy not in get_args(RowPolicy):
         raise ValueError(f"policy '{policy}' is unknown; use one of {', '.join(get_args(RowPolicy))}")
     counts: Counter[str] = Counter()
@@ -57,10 +67,9 @@ def check_rows(
                     dropped.add(row)
             if progress is not None:
                 progress(rows.stop, len(table))
-    if len(dropped) == len(table):
-        raise InputError(f"{table.name}: no usable row is left ({_tally(counts)}); mend the rows")
     checked = table.mask_images(masked) if masked else table
-    return checked.select([row for row in range(len(table)) if row not in dropped]), dict(counts)
+    used = [row for row in range(len(table)) if row not in dropped]
+    return checked.select(used), used, dict(counts)
 
 
 def _bad_kind(table: Table, row: int, problem: ImageProblem | None) -> str | None:
@@ -77,5 +86,6 @@ def _message(table: Table, row: int, problem: ImageProblem | None) -> str:
     return f"{table.where(row)}, column {columns}: neither text nor picture; fill one in, {remedy}"
 
 
-def _tally(counts: Counter[str]) -> str:
-    return ", ".join(f"{kind}: {count}" for kind, count in sorted(counts.items())) or "the table is empty"
+def tally(counts: Mapping[str, int]) -> str:
+    """`kind: number` of each kind that occurred, on one line."""
+    return ", ".join(f"{kind}: {count}" for kind, count in sorted(counts.items()) if count) or "the table is empty"

@@ -1,0 +1,151 @@
+"""Predictions of a table, part by part: whether interrupted and gone on with, or made by Ray, the same file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from cmaclip_fast import bulk
+from cmaclip_fast.data import table as tables
+
+from .conftest import Done, write_data
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "PART_ROWS", 16)
+    monkeypatch.setattr(bulk, "GROUP_ROWS", 40)
+
+
+@pytest.fixture
+def arguments(artifact: Path, tmp_path: Path) -> list[object]:
+    data = write_data(tmp_path / "data", rows=50)
+    return ["predict", artifact, "--data", data, "--key", "id", "--output", tmp_path / "labels.parquet"]
+
+
+@pytest.fixture
+def whole(cmaclip: Run, arguments: list[object], tmp_path: Path) -> Path:
+    """What a run without interruption writes."""
+    path = tmp_path / "whole.parquet"
+    done = cmaclip(*arguments[:-1], path)
+    assert done.code == 0 and done.out.startswith("50 rows"), done.err
+    return path
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, after: int | None) -> list[int]:
+    """Ends the next run after so many parts, as Ctrl-C does; lists the parts that were begun."""
+    begun: list[int] = []
+    classify = bulk.Labeller._classify
+
+    def stopping(self: bulk.Labeller, start: int, *rest: object) -> bulk.Part:
+        if len(begun) == after:
+            raise KeyboardInterrupt
+        begun.append(start)
+        return classify(self, start, *rest)
+
+    monkeypatch.setattr(bulk.Labeller, "_classify", stopping)
+    return begun
+
+
+def test_an_interrupted_run_goes_on_to_the_same_file(
+    cmaclip: Run, arguments: list[object], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, partial = tmp_path / "labels.parquet", tmp_path / "labels.parquet.partial"
+    with monkeypatch.context() as patch:
+        assert interrupt(patch, after=2) == []
+        done = cmaclip(*arguments)
+    assert done.code == 130 and "--resume" in done.err and not output.exists()
+    assert sorted(path.name for path in partial.iterdir()) == [
+        "part-000000000000.parquet",
+        "part-000000000016.parquet",
+        "run.json",
+    ]
+    for more, said in (([], "--resume"), (["--resume", "--on-bad-rows", "skip"], "other settings (on_bad_rows)")):
+        refused = cmaclip(*arguments, *more)
+        assert refused.code == 2 and said in refused.err and partial.exists()
+    with monkeypatch.context() as patch:
+        begun = interrupt(patch, after=None)
+        assert cmaclip(*arguments, "--resume").code == 0
+    assert begun == [32, 48]
+    assert pq.read_table(output).equals(pq.read_table(whole)) and not partial.exists()
+    assert pq.ParquetFile(output).metadata.num_row_groups == 2
+
+
+def test_an_unfinished_run_is_dropped_when_asked(
+    cmaclip: Run, arguments: list[object], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=1)
+        assert cmaclip(*arguments).code == 130
+    assert cmaclip(*arguments, "--overwrite").code == 0
+    assert pq.read_table(tmp_path / "labels.parquet").equals(pq.read_table(whole))
+    refused = cmaclip(*arguments[:-1], tmp_path / "other.parquet", "--resume")
+    assert refused.code == 2 and "no unfinished run" in refused.err
+
+
+def test_what_was_labelled_before_a_bad_row_is_kept(
+    cmaclip: Run, arguments: list[object], whole: Path, tmp_path: Path
+) -> None:
+    picture = tmp_path / "data" / "pictures" / "20.png"
+    good = picture.read_bytes()
+    picture.write_bytes(b"not a picture")
+    stopped = cmaclip(*arguments)
+    assert stopped.code == 2 and "row 21" in stopped.err and "--resume" in stopped.err
+    picture.write_bytes(good)
+    assert cmaclip(*arguments, "--resume").code == 0
+    assert pq.read_table(tmp_path / "labels.parquet").equals(pq.read_table(whole))
+
+
+def test_bad_rows_are_counted_over_all_parts(cmaclip: Run, arguments: list[object], tmp_path: Path) -> None:
+    for row in (*range(16, 32), 40):
+        (tmp_path / "data" / "pictures" / f"{row}.png").write_bytes(b"not a picture")
+    done = cmaclip(*arguments, "--on-bad-rows", "skip")
+    assert done.code == 0 and "unreadable_image: 15" in done.err, done.err
+    # rows 17 and 29 name no picture
+    names = pq.read_table(tmp_path / "labels.parquet")["id"].to_pylist()
+    bad = {*range(16, 32), 40} - {17, 29}
+    assert names == [f"item-{row}" for row in range(50) if row not in bad]
+
+
+def test_no_usable_row_leaves_nothing(cmaclip: Run, arguments: list[object], tmp_path: Path) -> None:
+    for path in (tmp_path / "data" / "pictures").iterdir():
+        path.write_bytes(b"not a picture")
+    data = tmp_path / "data" / "shapes.csv"
+    columns, *lines = [line.split(",") for line in data.read_text().splitlines()]
+    untitled = [columns, *([*line[:2], "", *line[3:]] for line in lines)]
+    data.write_text("\n".join(map(",".join, untitled)))
+    done = cmaclip(*arguments, "--on-bad-rows", "mask")
+    assert done.code == 2 and "no usable row is left" in done.err and "--resume" not in done.err
+    assert list(tmp_path.glob("labels*")) == []
+
+
+def test_each_picture_is_read_once(
+    cmaclip: Run, arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, times = tables.read_image, []
+
+    def counting(*arguments: object) -> object:
+        times.append(arguments[0])
+        return read(*arguments)
+
+    monkeypatch.setattr(tables, "read_image", counting)
+    monkeypatch.setattr(tables, "verify_image", None)
+    assert cmaclip(*arguments).code == 0
+    assert len(times) == len(set(times)) == 46  # of 50 rows 4 name none
+
+
+def test_ray_gives_the_same_file(cmaclip: Run, arguments: list[object], whole: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="--engine ray needs Ray (cmaclip_fast[ray])")
+    done = cmaclip(*arguments, "--engine", "ray", "--workers", 2)
+    assert done.code == 0, done.err
+    # on another number of threads sums are added up in another order
+    found, expected = (pq.read_table(path) for path in (tmp_path / "labels.parquet", whole))
+    assert found.schema.equals(expected.schema)
+    assert found.select(["id", "colour", "shape"]).equals(expected.select(["id", "colour", "shape"]))
+    for name in ("colour_probability", "shape_probability", "shape_text_weight"):
+        assert found[name].to_pylist() == pytest.approx(expected[name].to_pylist(), abs=1e-5)
