@@ -9,7 +9,7 @@ import os
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cmaclip_fast.artifact import CONFIG, WEIGHTS, load_model, partial_directory
 from cmaclip_fast.data.check import RowPolicy, tally, usable_rows
@@ -31,6 +30,7 @@ from cmaclip_fast.evaluation import run
 from cmaclip_fast.files import write_json
 from cmaclip_fast.layouts import lay_out
 from cmaclip_fast.prediction import Prediction, output_schema, read_output
+from cmaclip_fast.progress import rate_bar
 from cmaclip_fast.systems.base import System
 
 Engine = Literal["local", "ray"]
@@ -109,16 +109,19 @@ class Labeller:
         """
         return self._classify(*self._read(start, stop))
 
-    def label_all(self, spans: Iterable[Span]) -> Iterator[Part]:
-        """One part after the other; while the model is busy with one, the pictures of the next are read."""
+    def label_all(self, spans: Iterable[Span], note: Callable[[int], None]) -> Iterator[Part]:
+        """One part after the other; while the model is busy with one, the pictures of the next are read.
+
+        `note` hears of the rows of each batch.
+        """
         with ThreadPoolExecutor(1) as reader:
             waiting = None
             for span in spans:
                 ready, waiting = waiting, reader.submit(self._read, *span)
                 if ready is not None:
-                    yield self._classify(*ready.result())
+                    yield self._classify(*ready.result(), note)
             if waiting is not None:
-                yield self._classify(*waiting.result())
+                yield self._classify(*waiting.result(), note)
 
     def _read(self, start: int, stop: int) -> tuple[int, list[int], Examples | None, Counter[str]]:
         rows = list(range(start, stop))
@@ -132,11 +135,19 @@ class Labeller:
             counts["truncated text"] = examples.truncated
         return start, [rows[i] for i in used], examples, counts
 
-    def _classify(self, start: int, rows: list[int], examples: Examples | None, counts: Counter[str]) -> Part:
+    def _classify(
+        self,
+        start: int,
+        rows: list[int],
+        examples: Examples | None,
+        counts: Counter[str],
+        note: Callable[[int], None] = lambda rows: None,
+    ) -> Part:
         records: list[dict[str, Any]] = []
         if examples is not None:
-            for _, result in run(self._model, examples, self._bulk.batch_size, self._device):
+            for batch, result in run(self._model, examples, self._bulk.batch_size, self._device):
                 records += map(_flatten, read_output(result, self._model.tasks, self._model.taxonomies))
+                note(len(batch))
         return Part(start, rows, pa.Table.from_pylist(records, schema=self._schema), dict(counts))
 
 
@@ -170,22 +181,13 @@ def predict_table(bulk: BulkRun, tasks: dict[str, list[str]], console: Console |
     try:
         spans = [(start, min(start + PART_ROWS, len(table))) for start in range(0, len(table), PART_ROWS)]
         missing = [span for span in spans if not _part_path(partial, span[0]).is_file()]
-        bar = Progress(
-            TextColumn("predicting"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console or Console(stderr=True),
-            transient=True,
-        )
-        with bar:
-            done = bar.add_task(
-                "", total=len(table), completed=len(table) - sum(stop - start for start, stop in missing)
-            )
-            for part in _work(bulk, missing):
+        with rate_bar(console or Console(stderr=True), "rows") as bar:
+            done = len(table) - sum(stop - start for start, stop in missing)
+            task = bar.add_task("predicting", total=len(table), completed=done)
+            for part in _work(bulk, missing, lambda rows: bar.advance(task, rows)):
                 _write_part(_part_path(partial, part.start), part, keys, schema)
-                bar.advance(done, min(PART_ROWS, len(table) - part.start))
+                done += min(PART_ROWS, len(table) - part.start)
+                bar.update(task, completed=done)
         counts = _join([_part_path(partial, start) for start, _ in spans], schema, bulk)
     except BaseException as error:
         if not list(partial.glob("part-*.parquet")):
@@ -245,10 +247,10 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
-def _work(bulk: BulkRun, spans: list[Span]) -> Iterator[Part]:
+def _work(bulk: BulkRun, spans: list[Span], note: Callable[[int], None]) -> Iterator[Part]:
     if not spans:
         return iter(())
-    return _ray(bulk, spans) if bulk.engine == "ray" else Labeller(bulk).label_all(spans)
+    return _ray(bulk, spans) if bulk.engine == "ray" else Labeller(bulk).label_all(spans, note)
 
 
 def _ray(bulk: BulkRun, spans: list[Span]) -> Iterator[Part]:

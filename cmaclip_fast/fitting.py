@@ -15,18 +15,6 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -40,6 +28,7 @@ from cmaclip_fast.losses import contrastive_loss, multitask_loss
 from cmaclip_fast.memory import Meter
 from cmaclip_fast.metrics import task_metrics
 from cmaclip_fast.pretrained import TimmImage
+from cmaclip_fast.progress import rate_bar
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.tiny import STRIDE
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
@@ -279,7 +268,7 @@ def fit(
     stages = config.contrastive_epochs + config.epochs
     schedule = _schedule(config, steps)
     kept = model if average is None else cast(System, average.module)
-    with _progress(console, accelerator.is_local_main_process) as bar:
+    with rate_bar(console, "steps", accelerator.is_local_main_process) as bar:
         task = bar.add_task("training", total=stages * len(loader), completed=progress_state.epoch * len(loader))
         while progress_state.epoch < stages:
             epoch = progress_state.epoch
@@ -442,31 +431,6 @@ def _warm_average(decay: float) -> Callable[[Any, Any, Any], None]:
         torch._foreach_lerp_(averaged, current, weight)
 
     return update
-
-
-class RateColumn(ProgressColumn):
-    """Steps per second."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f}/s", style="progress.data.speed")
-
-
-def _progress(console: Console, visible: bool) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        RateColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not visible,
-        transient=True,
-    )
 
 
 def save_checkpoint(
