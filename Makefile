@@ -18,8 +18,7 @@ BIN := $(VENV)/bin
 COMPARED := benchmarks/results/compare
 COMPARE := $(BIN)/cmaclip compare --quick --jobs $(JOBS)
 TOWERS := $(RUNS)/towers
-RATES := --try learning_rate=1e-3,tower_learning_rate=1e-3 --try learning_rate=2e-3,tower_learning_rate=2e-3
-ABLATIONS := cma-clip,cma-clip-without-sequence-attention,cma-clip-without-modality-attention,cma-clip-without-attention
+RATES := --try learning_rate=2e-3,tower_learning_rate=2e-3 --try learning_rate=5e-3,tower_learning_rate=1e-3
 LANGUAGES := --by language --rows 4096 --test-rows 2800 --seeds 0 --systems cma-clip,clip,embracenet,bert
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.installed-bench
@@ -59,11 +58,12 @@ towers: install
 
 studies: emoji towers
 	$(COMPARE) --data emoji --output $(COMPARED)/longer --rows 4096 --epochs 8 \
-		--systems cma-clip,cma-clip-without-attention,clip $(RATES)
+		--systems cma-clip,cma-clip-without-attention,clip
 	$(COMPARE) --data openclipart --data emoji --output $(COMPARED)/noise --training-noise text-replace:0.5
 	$(COMPARE) --data openclipart --output $(COMPARED)/pretrained --text-tower $(TOWERS)/minilm \
 		--image-tower tf_efficientnet_lite0:$(TOWERS)/efficientnet_lite0.safetensors --option image_size=96 --epochs 4 \
-		--systems $(ABLATIONS),clip --try learning_rate=5e-4 --try learning_rate=2e-3
+		--systems cma-clip,cma-clip-without-sequence-attention,clip --try learning_rate=2e-3,tower_learning_rate=2e-3 \
+		--try learning_rate=5e-3,tower_learning_rate=5e-3
 	$(COMPARE) --data emoji:all --output $(COMPARED)/english --train-on language=en $(LANGUAGES)
 	$(COMPARE) --data emoji:all --output $(COMPARED)/languages $(LANGUAGES)
 	for study in longer noise pretrained english languages; do \
