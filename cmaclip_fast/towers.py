@@ -177,7 +177,7 @@ class TimmImageTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         trunk = self.visual.trunk
-        # convolutions on the CPU take half the time with the channels last
+        # convolutions on the CPU are faster with the channels last
         features = trunk.forward_features(images.contiguous(memory_format=torch.channels_last))
         if features.ndim == 4:
             tokens = features if features.shape[-1] == trunk.num_features else features.permute(0, 2, 3, 1)

@@ -37,7 +37,7 @@ from cmaclip_fast.data.tokenizer import Tokenizer, TrainedTokenizer
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import VIEWS, Classified, classify
 from cmaclip_fast.explanation import explain
-from cmaclip_fast.files import write_json
+from cmaclip_fast.files import note_settings, write_json
 from cmaclip_fast.fitting import TINY_TRAINING, Progression, TrainingConfig, fit
 from cmaclip_fast.metrics import TaskMetrics, micro_curve
 from cmaclip_fast.report import ReportView, TaskView, render_report
@@ -269,15 +269,7 @@ def _same_run(path: Path, run: TrainingRun, config: TrainingConfig, model: Syste
         "training": config.model_dump(mode="json"),
         "tasks": model.tasks,
     }
-    if run.resume and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key, value in now.items() if before.get(key) != value]
-        if changed:
-            raise InputError(
-                f"{path.parent}: was begun with other settings ({', '.join(changed)}): "
-                "resume with the same ones, or pass --overwrite to start anew"
-            )
-    write_json(path, now)
+    note_settings(path, now)
 
 
 def _fingerprint(table: Table) -> int:
