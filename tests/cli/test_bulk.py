@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from cmaclip_fast import bulk
+from cmaclip_fast import InputError, bulk
+from cmaclip_fast.artifact import load_config
 from cmaclip_fast.data import table as tables
 
 from .conftest import Done, write_data
@@ -88,6 +89,14 @@ def test_an_unfinished_run_is_dropped_when_asked(
     assert refused.code == 2 and "no unfinished run" in refused.err
 
 
+def test_a_file_that_is_there_is_kept_from_python_too(artifact: Path, whole: Path, tmp_path: Path) -> None:
+    before = whole.read_bytes()
+    table = tables.read_table(tmp_path / "data" / "shapes.csv", tables.Columns("picture", "title"))
+    with pytest.raises(InputError, match="exists already"):
+        bulk.predict_table(bulk.BulkRun(artifact, table, whole), load_config(artifact).tasks)
+    assert whole.read_bytes() == before
+
+
 def test_what_was_labelled_before_a_bad_row_is_kept(
     cmaclip: Run, arguments: list[object], whole: Path, tmp_path: Path
 ) -> None:
@@ -141,7 +150,8 @@ def test_each_picture_is_read_once(
 
 def test_ray_gives_the_same_file(cmaclip: Run, arguments: list[object], whole: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="--engine ray needs Ray (cmaclip_fast[ray])")
-    done = cmaclip(*arguments, "--engine", "ray", "--workers", 2)
+    # of four workers only as many are started as there are CPUs: others would wait for ever
+    done = cmaclip(*arguments, "--engine", "ray", "--workers", 4)
     assert done.code == 0, done.err
     # on another number of threads sums are added up in another order
     found, expected = (pq.read_table(path) for path in (tmp_path / "labels.parquet", whole))
