@@ -14,7 +14,7 @@ import torch
 
 from cmaclip_fast.ops import dispatch
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
 _PACKAGES = ("cmaclip_fast", "torch", "torchvision", "triton", "open_clip_torch")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from cmaclip_fast.layouts import linear
 from cmaclip_fast.ops import epilogue, packed_attention
+
+_VALUES_AT_ONCE = 1_250_000
+"""Values of packed tokens that go through all layers together on a CPU without gradients, 32 images of ViT-B-32: with
+more, what lies between the layers falls out of the caches and takes new memory at each step."""
 
 
 @dataclass
@@ -48,6 +53,11 @@ class Rows:
     def starts(self) -> Tensor:
         """`[B]`, the first token of each row."""
         return self.cu_seqlens[:-1]
+
+    def part(self, begin: int, end: int) -> tuple[Rows, slice]:
+        """Rows `begin:end` alone, and where their tokens are."""
+        first, last = int(self.cu_seqlens[begin]), int(self.cu_seqlens[end])
+        return Rows(self.cu_seqlens[begin : end + 1] - first, self.longest), slice(first, last)
 
 
 @dataclass
@@ -232,6 +242,39 @@ def run_layers(
         checkpointing: keep only what goes into each layer for the backward pass.
     """
     layers = list(layers)
+    parts = _parts(x, rows)
+    if len(parts) == 1:
+        return _run_layers(layers, x, rows, causal, queries, checkpointing)
+    done = []
+    for begin, end in parts:
+        part, tokens = rows.part(begin, end)
+        wanted = None
+        if queries is not None:
+            of_part, places = queries.rows.part(begin, end)
+            # what stands for an absent token is some token, maybe of another row
+            index = (queries.index[places] - tokens.start).clamp(0, tokens.stop - tokens.start - 1)
+            wanted = Queries(index, of_part)
+        done.append(_run_layers(layers, x[tokens], part, causal, wanted, checkpointing))
+    return torch.cat(done)
+
+
+def _parts(x: Tensor, rows: Rows) -> list[tuple[int, int]]:
+    """The rows that go through all layers together, begin and end: parts of about equally many tokens."""
+    number = len(rows.cu_seqlens) - 1
+    count = -(-x.numel() // _VALUES_AT_ONCE)
+    if count <= 1 or number <= 1 or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return [(0, number)]
+    ends = rows.cu_seqlens[1:].long()
+    if int(ends[-1]) < len(x):  # tokens behind the last row, which keep their places
+        return [(0, number)]
+    wanted = torch.arange(1, count) * len(x) // count
+    inner = torch.unique(torch.searchsorted(ends, wanted) + 1).tolist()
+    return list(pairwise([0, *(bound for bound in inner if bound < number), number]))
+
+
+def _run_layers(
+    layers: list[Layer], x: Tensor, rows: Rows, causal: bool, queries: Queries | None, checkpointing: bool
+) -> Tensor:
     for index, layer in enumerate(layers):
         wanted = queries if index == len(layers) - 1 else None
         if checkpointing and torch.is_grad_enabled():

@@ -7,10 +7,22 @@
 #include <algorithm>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #define CMACLIP_KERNELS "packed_attention.inl"
 #include "targets.h"
+
+#if CMACLIP_TILES
+CMACLIP_BEGIN_TARGET(
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,avx2,fma,prefer-vector-width=512")
+namespace cmaclip::avx512::tiles {
+namespace {
+#include "packed_attention_tiles.inl"
+}  // namespace
+}  // namespace cmaclip::avx512::tiles
+CMACLIP_END_TARGET
+#endif
 
 namespace cmaclip {
 namespace {
@@ -56,6 +68,18 @@ struct Work {
     });
   }
 };
+
+// As CMACLIP_DISPATCH, of a function that has a twin on tiles for bfloat16.
+#if CMACLIP_TILES
+#define CMACLIP_DISPATCH_TILES(T, function)                                                            \
+  [&](auto&&... arguments) {                                                                           \
+    if constexpr (std::is_same_v<T, BFloat16>)                                                         \
+      if (isa() == Isa::amx) return avx512::tiles::function(arguments...);                             \
+    return CMACLIP_DISPATCH(function)(arguments...);                                                   \
+  }
+#else
+#define CMACLIP_DISPATCH_TILES(T, function) CMACLIP_DISPATCH(function)
+#endif
 
 // The sizes and strides of a call.
 struct Call {
@@ -142,7 +166,7 @@ std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor q, const Tensor
     T* const out_data = mutable_data<T>(out);
     float* const lse_data = mutable_data<float>(lse);
     const int64_t buffer_size =
-        std::max(CMACLIP_DISPATCH(forward_buffer)(call.size),
+        std::max(CMACLIP_DISPATCH_TILES(T, forward_buffer)(call.size),
                  CMACLIP_DISPATCH(few_buffer)(call.heads, call.size, call.few_keys()));
     work.share(buffer_size, [&](int64_t index, int64_t next, float* buffer) {
       const Item &item = work.items[index], &after = work.items[next];
@@ -164,7 +188,7 @@ std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor q, const Tensor
         ahead.add(keys, call.size, next_head.k, next_head.k_stride);
         ahead.add(keys, call.size, next_head.v, next_head.v_stride);
       }
-      CMACLIP_DISPATCH(attention)
+      CMACLIP_DISPATCH_TILES(T, attention)
       (call.head<T>(q, k, v, item), item.begin, item.end, ahead, item_out, item_lse, buffer);
     });
     const int64_t end = call.ends_q[call.rows];
@@ -218,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
     T* const grad_v_data = mutable_data<T>(grad_v);
     const float* const lse_grads = data<float>(grad_lse);
     const int64_t buffer_size =
-        std::max(CMACLIP_DISPATCH(backward_buffer)(call.size),
+        std::max(CMACLIP_DISPATCH_TILES(T, backward_buffer)(call.size),
                  CMACLIP_DISPATCH(few_buffer)(call.heads, call.size, call.few_keys()));
     work.share(buffer_size, [&](int64_t index, int64_t next, float* buffer) {
       const Item &item = work.items[index], &after = work.items[next];
@@ -248,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
         ahead.add(queries, call.size, data<T>(out) + at_after, stride);
       }
       const auto run = [&](auto* query_grads, int64_t query_stride) {
-        CMACLIP_DISPATCH(attention_backward)
+        CMACLIP_DISPATCH_TILES(T, attention_backward)
         (call.head<T>(q, k, v, item), item.begin, item.end, ahead, item_grad, item_out, item_lse, item_lse_grad,
          query_grads, query_stride, grad_k_data + at_k, grad_v_data + at_k, buffer);
       };

@@ -68,6 +68,7 @@ namespace {
 #define CMACLIP_DISPATCH(function)                                      \
   [&](auto&&... arguments) {                                            \
     switch (::cmaclip::isa()) {                                         \
+      case ::cmaclip::Isa::amx:                                         \
       case ::cmaclip::Isa::avx512:                                      \
         return ::cmaclip::avx512::function(arguments...);               \
       case ::cmaclip::Isa::avx2:                                        \

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from families import CONTEXT, END, image_kind, make_tokens, small, text_kind
 from padded import padded_logits
 
+from cmaclip_fast import layers
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.tokenizer import OpenClipTokenizer
 from cmaclip_fast.inference import InferenceModel, bucket
@@ -47,13 +48,15 @@ def eos(model: CMACLIP) -> bool:
 
 
 @pytest.mark.parametrize("name", sorted(KINDS.values()))
-def test_logits_are_those_of_the_padded_model(name: str) -> None:
+def test_logits_are_those_of_the_padded_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(name)
     batch = make_batch(model)
     expected = padded_logits(model, batch)
     found = {"once": model(batch).logits, "laid out": InferenceModel(model)(batch).logits}
     if model.text_tower.stops_at_end:
         found["capacity"] = model(batch, capacity=6 * CONTEXT).logits
+    monkeypatch.setattr(layers, "_VALUES_AT_ONCE", 300)
+    found["in parts"] = InferenceModel(model)(batch).logits
     for logits in found.values():
         for task in TASKS:
             torch.testing.assert_close(logits[task], expected[task], atol=2e-5, rtol=1e-4)
@@ -115,6 +118,28 @@ def test_what_is_absent_or_the_same_is_not_computed_again() -> None:
     model.train()
     model(batch)
     assert seen == {"images": 6, "texts": 6}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("lengths", "spare", "parts"),
+    [
+        ([5, 5, 5, 5], 0, [(0, 2), (2, 4)]),
+        ([0, 9, 1, 9, 1, 0, 0], 0, [(0, 3), (3, 7)]),
+        ([1, 30, 1], 0, [(0, 2), (2, 3)]),
+        ([30], 0, [(0, 1)]),
+        ([5, 5], 0, [(0, 2)]),
+        ([5, 5, 5, 5], 1, [(0, 4)]),
+        ([], 30, [(0, 0)]),
+    ],
+)
+def test_many_tokens_go_through_the_layers_in_parts(lengths, spare, parts, monkeypatch) -> None:
+    monkeypatch.setattr(layers, "_VALUES_AT_ONCE", 40)
+    tokens = torch.zeros(sum(lengths) + spare, 4)
+    rows = layers.Rows.of(torch.tensor(lengths, dtype=torch.int32), max(lengths, default=0))
+    assert layers._parts(tokens, rows) == parts
+    with torch.enable_grad():
+        assert layers._parts(tokens, rows) == [(0, len(lengths))]
 
 
 @torch.inference_mode()

@@ -107,7 +107,7 @@ def test_reasons_without_extension(tmp_path):
     assert "the extension was not built; install with" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "amx"])
 def test_every_instruction_set_computes_the_same(name):
     """The C++ kernels in each instruction set that the processor has, in a process of its own."""
     tests = os.path.dirname(__file__)
