@@ -83,6 +83,7 @@ bench: $(PEERS)
 	$(BIN)/cmaclip bench --output benchmarks/results --floors benchmarks/floors.json
 	$(BIN)/python -m benchmarks.page benchmarks/results/performance.md docs/performance.md "make bench"
 	$(BIN)/python benchmarks/operators.py --write benchmarks/results
+	$(BIN)/python -m benchmarks.page benchmarks/results/operators-cpu.md docs/kernels.md "make bench"
 
 # the systems that ours is compared with; no test needs them
 $(PEERS): $(INSTALLED)

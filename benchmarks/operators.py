@@ -4,8 +4,8 @@
 
 The two alternate in one run; times are medians, with the 20th and 80th percentile. SDPA gets rows of equal length
 contiguous as [B, H, L, E]; where it is given a mask, the rows' lengths average a quarter of the longest. The other
-operators stand against the loop over tasks, or the concatenation and the mask, that they replace. The file keeps the
-machine's load too: above 0 before, other work has disturbed the times.
+operators stand against the loop over tasks, or the concatenation and the mask, that they replace. The folder gets the
+numbers and the table; they keep the machine's load too: above 0 before, other work has disturbed the times.
 """
 
 from __future__ import annotations
@@ -138,15 +138,17 @@ def main(
 ) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
-    results, load = [], os.getloadavg()[0]
-    print("| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS))
+    results: list[Measured] = []
+    load = os.getloadavg()[0]
+    heading = "| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS)
+    print(heading)
     for operator in operators or list(Operator):
         targets = [Target(device, backend, dtype) for backend in backends or BACKENDS[device] for dtype in dtypes]
         for target in targets:
             for pair in PAIRS[operator](target):
                 if only in pair.name:
                     results.append(measure(pair, device))
-                    print("| " + " | ".join(cells(results[-1])) + " |", flush=True)
+                    print(line(results[-1]), flush=True)
     if write is not None:
         name = (
             torch.cuda.get_device_name()
@@ -154,9 +156,16 @@ def main(
             else "cpu-{instruction_set}-{threads}-threads".format(**env.processor())
         )
         write.mkdir(parents=True, exist_ok=True)
+        loads = {"before": load, "after": os.getloadavg()[0]}
+        about = (
+            f"{datetime.date.today()}, {name}, torch {torch.__version__}; load before the run {loads['before']:.2f}, "
+            f"after it {loads['after']:.2f}."
+        )
+        page = "\n".join([about, "", heading, *map(line, results)])
+        (write / f"operators-{device}.md").write_text(page + "\n", encoding="utf-8")
         write /= f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{datetime.date.today()}.json"
         report = {"date": str(datetime.date.today()), "torch_isa": torch.backends.cpu.get_cpu_capability()}
-        report["load"] = {"before": load, "after": os.getloadavg()[0]}
+        report["load"] = loads
         report |= {
             name: env.as_dict()[name] for name in ("platform", "python", "packages", "processor", "gpus", "extension")
         }
@@ -360,16 +369,19 @@ HEADINGS = (
 )
 
 
-def cells(result: Measured) -> list[str]:
+def line(result: Measured) -> str:
+    """A row of the table."""
+
     def milliseconds(times: tuple[float, float, float]) -> str:
         return f"{times[1]:.2f} ({times[0]:.2f}-{times[2]:.2f})"
 
-    return [
+    cells = [
         *(result.operator, result.name, result.backend, result.dtype, result.what),
         *(milliseconds(result.ours), milliseconds(result.theirs)),
         f"{result.ratio:.2f}",
         *((f"{result.gflops:.0f}", f"{result.matmul_share:.0%}") if result.gflops else ("", "")),
     ]
+    return "| " + " | ".join(cells) + " |"
 
 
 PAIRS: dict[Operator, Callable[[Target], Iterator[Pair]]] = {

@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from cmaclip_fast.ops import reference
+from cmaclip_fast.ops.checks import debug
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 OPERATORS = ("pack_tokens", "packed_attention", "modality_pool", "multitask_cross_entropy")
@@ -69,6 +72,21 @@ def implementation(
 def uses_cpp() -> bool:
     """Whether the CPU's compiled code is to run, by `use_backend` and `CMACLIP_BACKEND`, and the extension loads."""
     return _decided(requested(None)) in ("auto", "cpp") and extension_missing() is None
+
+
+def straight_to_cpp(backend: str | None, *tensors: Tensor) -> bool:
+    """Whether nothing stands between a call and the CPU's compiled code, so that the dispatcher may be left out.
+
+    Python's part of an operator takes longer than the compiled code of a small one. The dispatcher stays in for
+    gradients, autocast, tracing, subclasses of tensors, dispatch modes, and the checks that `CMACLIP_DEBUG` asks for.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return False
+    if torch.is_autocast_enabled("cpu") or is_in_torch_dispatch_mode() or debug():
+        return False
+    if _decided(requested(backend)) not in ("auto", "cpp") or extension_missing() is not None:
+        return False
+    return all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors)
 
 
 def _decided(backend: str) -> str:

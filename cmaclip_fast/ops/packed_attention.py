@@ -52,6 +52,13 @@ def packed_attention(
             or overrun (checked on the CPU; on a GPU if CMACLIP_DEBUG=1).
         RuntimeError: the backend asked for cannot run.
     """
+    if dispatch.straight_to_cpp(backend, q, k, v, cu_seqlens_q, cu_seqlens_k) and q.ndim == 3:
+        run = torch.ops.cmaclip._packed_attention_forward_cpp.default
+        factor = max(1, q.shape[-1]) ** -0.5 if scale is None else scale
+        try:
+            return run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, factor, causal)
+        except (RuntimeError, TypeError):
+            pass  # it checks its arguments; what is wrong with them is said below
     q, k, v = autocast.to_low_precision(q, k, v)
     arguments = checks.Arguments("q", q.device)
     arguments.check("q", q, "Tq, H, E", checks.FLOATS)

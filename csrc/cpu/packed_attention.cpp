@@ -135,6 +135,33 @@ struct Call {
   int64_t at(const Item& item, const int32_t* ends) const { return (ends[item.row] * heads + item.head) * size; }
 };
 
+// Sequence ends within `tokens` tokens, of rows of at most `longest`.
+void check_ends(const char* name, const Tensor& ends, int64_t tokens, int64_t longest) {
+  STD_TORCH_CHECK(ends.dim() == 1 && ends.size(0) > 0 && ends.scalar_type() == ScalarType::Int && ends.is_contiguous(),
+                  name, " must be contiguous int32 [B + 1]");
+  const int32_t* const values = data<int32_t>(ends);
+  const int64_t rows = ends.size(0) - 1;
+  bool fit = values[0] == 0 && values[rows] <= tokens;
+  for (int64_t row = 0; row < rows; ++row)
+    fit &= values[row] <= values[row + 1] && int64_t{values[row + 1]} - values[row] <= longest;
+  STD_TORCH_CHECK(fit, name, " must begin with 0, not decrease, and fit the tokens and the longest row");
+}
+
+// The messages for users are Python's, in ops/packed_attention.py; here nothing wrong may be read.
+void check_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  for (const Tensor& x : {q, k, v}) {
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == q.size(1) && x.size(2) == q.size(2) && x.size(2) > 0 &&
+                        x.scalar_type() == q.scalar_type(),
+                    "q, k and v must be [T, H, E] of one dtype");
+    STD_TORCH_CHECK(x.stride(2) == 1 || x.size(2) == 1 || x.numel() == 0, "the last dimension must be contiguous");
+  }
+  STD_TORCH_CHECK(k.size(0) == v.size(0), "k and v must have as many tokens");
+  check_ends("cu_seqlens_q", cu_seqlens_q, q.size(0), max_seqlen_q);
+  check_ends("cu_seqlens_k", cu_seqlens_k, k.size(0), max_seqlen_k);
+  STD_TORCH_CHECK(cu_seqlens_q.size(0) == cu_seqlens_k.size(0), "q and k must have as many rows");
+}
+
 // Tokens past the last row get 0.
 template <typename T>
 void clear_rest(T* x, int64_t end, int64_t tokens, int64_t token_size) {
@@ -145,6 +172,7 @@ std::tuple<Tensor, Tensor> packed_attention_forward(const Tensor q, const Tensor
                                                     const Tensor cu_seqlens_q, const Tensor cu_seqlens_k,
                                                     int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
                                                     bool causal) {
+  check_call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   const Call call(q, k, cu_seqlens_q, cu_seqlens_k, scale, causal);
   Tensor out = new_tensor(q, {call.tokens_q, call.heads, call.size});
   Tensor lse = new_tensor(q, {call.heads, call.tokens_q}, ScalarType::Float);

@@ -208,15 +208,6 @@ inline int64_t backward_buffer(int64_t size) {
   return 4 * key_chunk(size) * padded + kQueryBlock * (5 * padded + 2) + 2 * kKeyBlock * kQueryBlock;
 }
 
-// Lane i is the sum of the lanes of parts[i].
-inline Vec lane_sums(Vec (&parts)[kLanes]) {
-  transpose(parts);
-  Vec total = parts[0];
-#pragma GCC unroll 16
-  for (int i = 1; i < kLanes; ++i) total += parts[i];
-  return total;
-}
-
 // delta[i] = the dot product of out and grad_out, of up to kLanes queries.
 template <typename T>
 Vec dots(int64_t rows, int64_t size, const T* a, const T* b, int64_t stride) {

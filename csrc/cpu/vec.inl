@@ -131,6 +131,28 @@ inline void transpose(Vec (&rows)[kLanes]) {
   if constexpr (Half > 1) transpose<Half / 2>(rows);
 }
 
+// Lane j takes lane j of `a` and `b` added to the one `Half` away: of `a` where j lacks the bit `Half`, else of `b`.
+template <int Half, int... J>
+inline Vec fold(Vec a, Vec b, std::integer_sequence<int, J...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (J & Half ? kLanes + J : J)...) +
+         __builtin_shufflevector(a, b, (J & Half ? kLanes + J - Half : J + Half)...);
+#else
+  return __builtin_shuffle(a, b, IntVec{(J & Half ? kLanes + J : J)...}) +
+         __builtin_shuffle(a, b, IntVec{(J & Half ? kLanes + J - Half : J + Half)...});
+#endif
+}
+
+// Lane i becomes the sum of the lanes of parts[i]; `parts` is used up.
+template <int Half = kLanes / 2>
+inline Vec lane_sums(Vec (&parts)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Half; ++i)
+    parts[i] = fold<Half>(parts[i], parts[i + Half], std::make_integer_sequence<int, kLanes>{});
+  if constexpr (Half > 1) return lane_sums<Half / 2>(parts);
+  return parts[0];
+}
+
 // 2 to the power x; 0 below the least normal result. Relative error at most 1e-7 for x <= 127; NaN stays NaN.
 inline Vec power_of_two(Vec x) {
   // Adding 1.5 * 2^23 rounds to the nearest integer; 127 more leaves the result's exponent in the low bits.

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import check, ends, packed_attention_case, spread
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
-from cmaclip_fast.ops import available_backends, packed_attention
+from cmaclip_fast.ops import available_backends, dispatch, packed_attention
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 BACKENDS = [name for name in ("reference", "cpp") if available_backends(operator="packed_attention")[name] is None]
@@ -169,10 +171,72 @@ def test_same_gradient_for_any_number_of_threads(backend, dtype, lengths, heads)
         ({"cu_seqlens_q": ends([])[:0], "cu_seqlens_k": ends([])[:0]}, ValueError, "at least one element"),
     ],
 )
-def test_bad_input(change, error, message):
+@pytest.mark.parametrize("gradients", [True, False])
+def test_bad_input(change, error, message, gradients):
     good = {
         **{name: torch.zeros(5, 2, 4) for name in "qkv"},
         **{"cu_seqlens_q": ends([2, 3]), "cu_seqlens_k": ends([2, 3]), "max_seqlen_q": 4, "max_seqlen_k": 3},
     }
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message), torch.set_grad_enabled(gradients):
         packed_attention(**(good | change))
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the extension was not built")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_short_way_to_compiled_code_gives_the_same(dtype, monkeypatch):
+    case = packed_attention_case([5, 0, 9], [7, 3, 40], heads=3, size=20, spare=2).tensors(dtype)
+    expected = packed_attention(**case)
+    seen = []
+    monkeypatch.setattr(dispatch, "implementation", lambda *_: seen.append(1))
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(packed_attention(**case), expected, strict=True))
+    assert not seen, "the dispatcher was asked"
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the extension was not built")
+def test_the_short_way_is_left_where_something_wants_to_see_the_operator(monkeypatch):
+    x = torch.zeros(2)
+    assert not dispatch.straight_to_cpp(None, x)
+    with torch.inference_mode():
+        assert dispatch.straight_to_cpp("cpp", x)
+        assert not dispatch.straight_to_cpp("reference", x)
+        assert not dispatch.straight_to_cpp(None, x, torch.nn.Parameter(x, requires_grad=False))
+        with dispatch.use_backend("reference"):
+            assert not dispatch.straight_to_cpp(None, x)
+        with torch.autocast("cpu"):
+            assert not dispatch.straight_to_cpp(None, x)
+        with FakeTensorMode():
+            assert not dispatch.straight_to_cpp(None, x)
+        monkeypatch.setenv("CMACLIP_DEBUG", "1")
+        assert not dispatch.straight_to_cpp(None, x)
+    with torch.no_grad(), forward_ad.dual_level():
+        assert not dispatch.straight_to_cpp("cpp", x)
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the extension was not built")
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (0, torch.zeros(5, 2)),
+        (0, torch.zeros(5, 2, 0)),
+        (0, torch.zeros(5, 2, 4).double()),
+        (1, torch.zeros(5, 3, 4)),
+        (1, torch.zeros(5, 4, 2).mT),
+        (2, torch.zeros(4, 2, 4)),
+        (3, ends([2, 4])),
+        (3, ends([3, -1])),
+        (3, ends([2, 3]) + 1),
+        (3, ends([2, 3]).long()),
+        (4, ends([5])),
+        (4, ends([])[:0]),
+        (5, 2),
+        (6, 2),
+    ],
+)
+def test_compiled_code_refuses_what_it_cannot_read(place, value):
+    arguments = [*(torch.zeros(5, 2, 4) for _ in range(3)), ends([2, 3]), ends([2, 3]), 3, 3, 0.5, False]
+    run = torch.ops.cmaclip._packed_attention_forward_cpp
+    run(*arguments)
+    arguments[place] = value
+    with pytest.raises(RuntimeError):
+        run(*arguments)
