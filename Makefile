@@ -58,7 +58,7 @@ towers: install
 
 studies: emoji towers
 	$(COMPARE) --data emoji --output $(COMPARED)/longer --rows 4096 --epochs 8 \
-		--systems cma-clip,cma-clip-without-attention,clip
+		--systems cma-clip,cma-clip-without-attention,clip $(RATES)
 	$(COMPARE) --data openclipart --data emoji --output $(COMPARED)/noise --training-noise text-replace:0.5
 	$(COMPARE) --data openclipart --output $(COMPARED)/pretrained --text-tower $(TOWERS)/minilm \
 		--image-tower tf_efficientnet_lite0:$(TOWERS)/efficientnet_lite0.safetensors --option image_size=96 --epochs 4 \
