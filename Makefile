@@ -1,8 +1,8 @@
 # make demo     install, train on the embedded data, print the results and the path of the report
 # make test     install, then check style and types and run all tests
 # make results  train three seeds and write docs/results.md
-# make compare  build the emoji data, train all systems on two data sets, three seeds each, and write docs/results.md
-# make studies  train longer, with damaged texts, with pretrained towers, and in 28 languages, and write docs/results.md
+# make compare  build the emoji data, train all systems on two data sets, three seeds each, and write docs/tables
+# make studies  train longer, with damaged texts, with pretrained towers, and in 28 languages, and write docs/tables
 # make mutants  put faults into the CUDA and Triton kernels, one at a time: each must make a test fail
 # make bench    time the model and the operators on this machine's CPU against what people run today
 # make gpu      run the tests that need an NVIDIA GPU and time the operators, or say that nothing was run
@@ -49,7 +49,7 @@ emoji: install
 
 compare: emoji
 	$(COMPARE) --data openclipart --data emoji --output $(COMPARED) $(RATES)
-	$(BIN)/python -m benchmarks.page $(COMPARED)/comparison.md docs/results.md "make compare"
+	$(BIN)/python -m benchmarks.page $(COMPARED)/comparison.md docs/tables/compare.md "The systems side by side" "make compare"
 
 # the licence of the image tower's weights is not stated: they are fetched for this use alone
 towers: install
@@ -67,7 +67,7 @@ studies: emoji towers
 	$(COMPARE) --data emoji:all --output $(COMPARED)/english --train-on language=en $(LANGUAGES)
 	$(COMPARE) --data emoji:all --output $(COMPARED)/languages $(LANGUAGES)
 	for study in longer noise pretrained english languages; do \
-		$(BIN)/python -m benchmarks.page $(COMPARED)/$$study/comparison.md docs/results.md "make studies ($$study)" || exit 1; \
+		$(BIN)/python -m benchmarks.page $(COMPARED)/$$study/comparison.md docs/tables/$$study.md "Study: $$study" "make studies" || exit 1; \
 	done
 
 tables: install
@@ -81,9 +81,9 @@ mutants: install
 
 bench: $(PEERS)
 	$(BIN)/cmaclip bench --output benchmarks/results --floors benchmarks/floors.json
-	$(BIN)/python -m benchmarks.page benchmarks/results/performance.md docs/performance.md "make bench"
+	$(BIN)/python -m benchmarks.page benchmarks/results/performance.md docs/tables/performance.md "Speed" "make bench"
 	$(BIN)/python benchmarks/operators.py --write benchmarks/results
-	$(BIN)/python -m benchmarks.page benchmarks/results/operators-cpu.md docs/kernels.md "make bench"
+	$(BIN)/python -m benchmarks.page benchmarks/results/operators-cpu.md docs/tables/operators-cpu.md "The operators on a CPU" "make bench"
 
 # the systems that ours is compared with; no test needs them
 $(PEERS): $(INSTALLED)

@@ -1,6 +1,6 @@
-"""Puts the tables that a command wrote between its marks on a page of the documentation.
+"""Makes a page of docs/tables from the tables that a command wrote.
 
-python -m benchmarks.page benchmarks/results/performance.md docs/performance.md "make bench"
+python -m benchmarks.page benchmarks/results/performance.md docs/tables/performance.md "Speed" "make bench"
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ import typer
 
 def main(
     tables: Annotated[Path, typer.Argument(help="What the command wrote, as Markdown.")],
-    page: Annotated[Path, typer.Argument(help="The page with the marks.")],
-    command: Annotated[str, typer.Argument(help="The command that the marks name.")],
+    page: Annotated[Path, typer.Argument(help="The page to write.")],
+    title: Annotated[str, typer.Argument(help="The page's title.")],
+    command: Annotated[str, typer.Argument(help="The command that writes the page.")],
 ) -> None:
     # the page has a title of its own
     text = re.sub(r"\A# .*\n", "", tables.read_text(encoding="utf-8").strip())
-    # pictures are seen from the page, and the page's own headings stand above the tables'
+    # links to pictures start from the page
     folder = Path(os.path.relpath(tables.parent, page.parent)).as_posix()
     text = re.sub(r"\]\(([^():#]+\.png)\)", rf"]({folder}/\1)", text)
-    insert(page, command, re.sub(r"^(#+) ", r"#\1 ", text, flags=re.MULTILINE))
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(f"# {title}\n\nWritten by `{command}`.\n\n{text.strip()}\n", encoding="utf-8")
 
 
 def insert(page: Path, command: str, text: str) -> None:
-    """Replaces what stands between the marks of `command` on a page."""
+    """Replaces what stands between the marks of `command` on a page that is written by hand."""
     begin, end = f"<!-- the tables of `{command}` begin -->", f"<!-- the tables of `{command}` end -->"
     before, found, rest = page.read_text(encoding="utf-8").partition(begin)
     _, ended, after = rest.partition(end)
