@@ -162,11 +162,12 @@ def pool_costs(tasks: int, dtype: str = "fp16") -> Iterator[Cost]:
 
 def pack_costs(length: int, patches: int, dtype: str = "fp16") -> Iterator[Cost]:
     kind = DTYPES[dtype]
-    text, image = (torch.randn(BATCH, n, WIDTH).to(kind) for n in (length, patches))
-    lengths, present = torch.full((BATCH,), length, dtype=torch.int32), torch.ones(BATCH, 2, dtype=torch.bool)
-    packing = Packing(kernels("pack_tokens"), text, image, lengths, present, orders=ORDER)
-    packed, starts = packing.forward(torch.randn(2, WIDTH).to(kind), None)
-    packing.backward(torch.randn(packed.shape).to(kind), starts)
+    text, image = (torch.randn(BATCH * n, WIDTH).to(kind) for n in (length, patches))
+    counts = torch.tensor([[length, patches]] * BATCH, dtype=torch.int32)
+    starts = counts.cumsum(0, dtype=torch.int32) - counts
+    packing = Packing(kernels("pack_tokens"), text, image, starts, counts, orders=ORDER)
+    packed, ends = packing.forward(torch.randn(2, WIDTH).to(kind), None)
+    packing.backward(torch.randn(packed.shape).to(kind), ends)
     for kernel, report in packing.reports.items():
         yield Cost("pack_tokens", f"{patches} patches and {length} tokens", dtype, kernel, report)
 

@@ -210,28 +210,26 @@ def pool(target: Target) -> Iterator[Pair]:
 
 def pack(target: Target) -> Iterator[Pair]:
     for rows, mean in ((32, 20), (32, 77), (256, 20)):
-        text, image, types = target.randn(rows, 77, 512), target.randn(rows, 50, 512), target.randn(2, 512)
-        text_lengths = torch.linspace(max(2 * mean - 77, 3), min(2 * mean, 77), rows).int().to(target.device)
-        present = torch.ones(rows, 2, dtype=torch.bool, device=target.device)
+        lengths = torch.linspace(max(2 * mean - 77, 3), min(2 * mean, 77), rows).int().to(target.device)
+        counts = torch.stack([lengths, torch.full_like(lengths, 50)], dim=1)
+        starts = counts.cumsum(0, dtype=torch.int32) - counts
+        text, image = (target.randn(int(size), 512) for size in counts.sum(0))
+        types = target.randn(2, 512)
 
         def ours(
-            text: Tensor = text,
-            image: Tensor = image,
-            types: Tensor = types,
-            n: Tensor = text_lengths,
-            p: Tensor = present,
+            text: Tensor = text, image: Tensor = image, types: Tensor = types, s: Tensor = starts, c: Tensor = counts
         ) -> Tensor:
-            return pack_tokens(text, image, n, p, types, backend=target.backend)[0]
+            return pack_tokens(text, image, s, c, types, backend=target.backend)[0]
 
         def theirs(
-            text: Tensor = text,
-            image: Tensor = image,
-            types: Tensor = types,
-            n: Tensor = text_lengths,
-            p: Tensor = present,
+            text: Tensor = text, image: Tensor = image, types: Tensor = types, s: Tensor = starts, c: Tensor = counts
         ) -> Tensor:
-            kept = torch.cat([torch.arange(77, device=n.device) < n[:, None], p[:, 1:].expand(-1, 50)], 1)
-            return torch.cat([text + types[0], image + types[1]], 1)[kept]
+            ends = c.sum(1).cumsum(0)
+            place = torch.arange(int(ends[-1]), device=c.device)
+            row = torch.searchsorted(ends, place, right=True)
+            place = place - (ends - c.sum(1))[row]
+            source = torch.where(place < c[row, 0], s[row, 0] + place, len(text) + s[row, 1] + place - c[row, 0])
+            return torch.cat([text + types[0], image + types[1]])[source]
 
         yield from pairs(target, "pack_tokens", f"{rows} rows, mean text {mean}", [text, image, types], ours, theirs)
 

@@ -23,6 +23,7 @@ from cmaclip_fast.errors import InputError
 from cmaclip_fast.layers import Queries, Rows
 from cmaclip_fast.layouts import linear
 from cmaclip_fast.modules import ModalityAttention, Projection, SequenceAttention
+from cmaclip_fast.ops import pack_tokens
 from cmaclip_fast.pretrained import HuggingFaceText, TimmImage, with_other_towers
 from cmaclip_fast.systems import system_config
 from cmaclip_fast.systems.base import System
@@ -238,22 +239,18 @@ class CMACLIP(System):
 
         Where a modality is absent its place holds some other token, for the caller to hide.
         """
-        text_counts = text.counts * present[:, TEXT]
-        image_counts = image.counts * present[:, IMAGE]
-        rows = Rows.of(text_counts + image_counts, text.longest + image.longest)
+        counts = torch.stack([text.counts, image.counts], dim=1) * present
         # with a capacity, what is behind the last row belongs to none
-        total = int(rows.cu_seqlens[-1]) if capacity is None else capacity + len(present) * image.longest
+        room = None if capacity is None else capacity + len(present) * image.longest
+        pack = pack_tokens if capacity is not None else _pack_tokens_uncompiled
+        starts = torch.stack([text.starts, image.starts], dim=1)
+        packed, cu_seqlens = pack(text.values, image.values, starts, counts, self.type_embedding, capacity=room)
+        text_counts, total = counts[:, TEXT], len(packed)
         if total == 0:
             nothing = [text.values.new_zeros(0, 0) for _ in present]
             maps = AttentionMaps(nothing, text_counts.long()) if with_attention else None
             return text.values.new_zeros(len(present), 2, self.config.width), maps
-        place = torch.arange(total, device=present.device)
-        row = torch.searchsorted(rows.cu_seqlens[1:], place, right=True).clamp(max=len(present) - 1)
-        offset = place - rows.starts[row]
-        of_image = len(text.values) + image.starts[row] + offset - text_counts[row]
-        source = torch.where(offset < text_counts[row], text.starts[row] + offset, of_image)
-        both = torch.cat([text.values + self.type_embedding[TEXT], image.values + self.type_embedding[IMAGE]])
-        packed = both.index_select(0, source.clamp(max=len(both) - 1))
+        rows = Rows(cu_seqlens, text.longest + image.longest)
 
         first = torch.zeros_like(text_counts)
         position = first if self.text_tower.global_first else (text_counts - 1).clamp(min=0)
@@ -263,6 +260,10 @@ class CMACLIP(System):
         if not with_attention:
             return embedding, None
         return embedding, AttentionMaps(self.sequence_attention.last_weights(packed, rows), text_counts.long())
+
+
+# how many tokens come out depends on values, so this stands between compiled graphs
+_pack_tokens_uncompiled = torch.compiler.disable(pack_tokens)
 
 
 def create_model(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.layers import Layer, Queries, Rows, layer_of, run_layers
-from cmaclip_fast.ops import pack_tokens
+from cmaclip_fast.ops import unpad
 
 
 class ImageTower(Protocol):
@@ -274,15 +274,13 @@ class ClipTextTower(nn.Module):
 
 def pack_dense(dense: Tensor, counts: Tensor, capacity: int | None = None) -> tuple[Tensor, Rows]:
     """The first `counts [B]` tokens of each row of `dense [B, L, W]`, packed: `[T, W]`."""
-    nothing = dense.new_empty(len(dense), 0, dense.shape[2])
-    present = torch.stack([counts > 0, torch.zeros_like(counts, dtype=torch.bool)], dim=1)
-    pack = pack_tokens if capacity is not None else _pack_tokens_uncompiled
-    packed, cu_seqlens = pack(dense, nothing, counts, present, capacity=capacity)
+    pack = unpad if capacity is not None else _unpad_uncompiled
+    packed, cu_seqlens = pack(dense, counts, capacity=capacity)
     return packed, Rows(cu_seqlens, dense.shape[1])
 
 
 # how many tokens come out depends on values, so this stands between compiled graphs
-_pack_tokens_uncompiled = torch.compiler.disable(pack_tokens)
+_unpad_uncompiled = torch.compiler.disable(unpad)
 
 
 def _longest(tokens: Tensor, lengths: Tensor) -> int:

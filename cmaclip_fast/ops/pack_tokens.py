@@ -1,4 +1,4 @@
-"""The text and image tokens of a batch as one packed sequence without padding (paper, figure 1)."""
+"""Text and image tokens of a batch as one packed sequence without padding (paper, figure 1)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cmaclip_fast.ops import autocast, checks, dispatch
 def pack_tokens(
     text: Tensor,
     image: Tensor,
-    text_lengths: Tensor,
-    present: Tensor,
+    starts: Tensor,
+    counts: Tensor,
     type_embedding: Tensor | None = None,
     *,
     capacity: int | None = None,
@@ -22,25 +22,28 @@ def pack_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Pack the tokens of each row, its text first, then its image, and add the embedding of their modality.
 
-    An absent modality contributes no tokens, so a row with neither is empty.
+    Both sources are packed themselves. Row b takes `counts[b, 0]` tokens of `text` from `starts[b, 0]` on, then
+    `counts[b, 1]` tokens of `image` from `starts[b, 1]` on. Rows may share tokens; tokens may belong to no row.
+
+    The gradient of a shared token is the sum over its rows in their order, the same at each run.
 
     Args:
-        text: `[B, L, D]` float, padded on the right.
-        image: `[B, P, D]`, same dtype.
-        text_lengths: `[B]` int32 or int64, the text tokens of each row, at most L; ignored where the text is absent.
-        present: `[B, 2]` bool, whether text and image exist.
+        text: `[Tt, D]` float.
+        image: `[Ti, D]`, same dtype.
+        starts: `[B, 2]` int32 or int64, the first token of each row in `text` and in `image`; ignored where the count
+            is 0.
+        counts: `[B, 2]` int32 or int64, how many tokens; 0 for an absent modality.
         type_embedding: `[2, D]`, added to each text and each image token; same dtype.
-        capacity: the number of rows of the result, at least the number of tokens (`B * (L + P)` always suffices); the
-            rest is 0. If None, exactly the number of tokens, for which the host waits for the device. CUDA graphs and
-            `torch.compile` need it.
+        capacity: the number of rows of the result, at least the number of tokens; the rest is 0. If None, exactly the
+            number of tokens, for which the host waits for the device. CUDA graphs and `torch.compile` need it.
         backend: overrides `use_backend` and `CMACLIP_BACKEND`.
 
     Returns:
         packed `[T, D]` and cu_seqlens `[B + 1]` int32: row b is `packed[cu_seqlens[b]:cu_seqlens[b + 1]]`.
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape, dtype or device, a text length out of range or a capacity
-            too small (checked on the CPU; on a GPU if CMACLIP_DEBUG=1).
+        ValueError, TypeError: an argument of the wrong shape, dtype or device, tokens outside of their source or a
+            capacity too small (checked on the CPU; on a GPU if CMACLIP_DEBUG=1).
         RuntimeError: the backend asked for cannot run.
     """
     if type_embedding is None:
@@ -48,28 +51,48 @@ def pack_tokens(
     else:
         text, image, type_embedding = autocast.to_widest(text, image, type_embedding)
     arguments = checks.Arguments("text", text.device)
-    arguments.check("text", text, "B, L, D", checks.FLOATS)
-    arguments.check("image", image, "B, P, D", (text.dtype,), like="text")
-    arguments.check("text_lengths", text_lengths, "B", checks.INTEGERS)
-    arguments.check("present", present, "B, 2", (torch.bool,))
+    arguments.check("text", text, "Tt, D", checks.FLOATS)
+    arguments.check("image", image, "Ti, D", (text.dtype,), like="text")
+    arguments.check("starts", starts, "B, 2", checks.INTEGERS)
+    arguments.check("counts", counts, "B, 2", checks.INTEGERS)
     if type_embedding is not None:
         arguments.check("type_embedding", type_embedding, "2, D", (text.dtype,), like="text")
     if capacity is not None and capacity < 0:
         raise ValueError(f"capacity must be at least 0, but is {capacity}")
     return torch.ops.cmaclip.pack_tokens(
-        text, image, text_lengths.to(torch.int32), present, type_embedding, capacity, dispatch.requested(backend)
+        *(text, image, starts.to(torch.int32), counts.to(torch.int32)),
+        *(type_embedding, capacity, dispatch.requested(backend)),
+    )
+
+
+def unpad(
+    padded: Tensor, counts: Tensor, *, capacity: int | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pack the first `counts [B]` tokens of each row of `padded [B, L, D]`; see `pack_tokens`.
+
+    Returns:
+        packed `[T, D]` and cu_seqlens `[B + 1]` int32.
+    """
+    rows, length, width = padded.shape
+    counts = counts.to(torch.int32)
+    first = torch.arange(rows, dtype=torch.int32, device=padded.device) * length
+    return pack_tokens(
+        *(padded.reshape(rows * length, width), padded.new_empty(0, width)),
+        *(torch.stack([first, torch.zeros_like(first)], dim=1), torch.stack([counts, torch.zeros_like(counts)], dim=1)),
+        capacity=capacity,
+        backend=backend,
     )
 
 
 library.define(
     "cmaclip::pack_tokens",
-    "(Tensor text, Tensor image, Tensor text_lengths, Tensor present, Tensor? type_embedding, SymInt? capacity,"
+    "(Tensor text, Tensor image, Tensor starts, Tensor counts, Tensor? type_embedding, SymInt? capacity,"
     " str backend) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 library.define(
     "cmaclip::pack_tokens_backward",
-    "(Tensor grad_packed, Tensor text_lengths, Tensor present, Tensor cu_seqlens, SymInt length, SymInt patches,"
+    "(Tensor grad_packed, Tensor starts, Tensor counts, Tensor cu_seqlens, SymInt texts, SymInt images,"
     " str backend) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -79,57 +102,45 @@ library.define(
 def _forward(
     text: Tensor,
     image: Tensor,
-    text_lengths: Tensor,
-    present: Tensor,
+    starts: Tensor,
+    counts: Tensor,
     type_embedding: Tensor | None,
     capacity: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_values(text, image, text_lengths, present, capacity)
+    _check_values(text, image, starts, counts, capacity)
     run = dispatch.implementation("pack_tokens", "forward", backend, text)
     return run(
-        text.contiguous(),
-        image.contiguous(),
-        text_lengths.contiguous(),
-        present.contiguous(),
-        None if type_embedding is None else type_embedding.contiguous(),
-        capacity,
+        *(text.contiguous(), image.contiguous(), starts.contiguous(), counts.contiguous()),
+        *(None if type_embedding is None else type_embedding.contiguous(), capacity),
     )
 
 
 @library.impl("cmaclip::pack_tokens_backward", "default")
 def _backward(
-    grad_packed: Tensor,
-    text_lengths: Tensor,
-    present: Tensor,
-    cu_seqlens: Tensor,
-    length: int,
-    patches: int,
-    backend: str,
+    grad_packed: Tensor, starts: Tensor, counts: Tensor, cu_seqlens: Tensor, texts: int, images: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = dispatch.implementation("pack_tokens", "backward", backend, grad_packed)
     return run(
-        grad_packed.contiguous(),
-        text_lengths.contiguous(),
-        present.contiguous(),
-        cu_seqlens.contiguous(),
-        length,
-        patches,
+        *(grad_packed.contiguous(), starts.contiguous(), counts.contiguous(), cu_seqlens.contiguous()),
+        *(texts, images),
     )
 
 
-def _check_values(text: Tensor, image: Tensor, text_lengths: Tensor, present: Tensor, capacity: int | None) -> None:
+def _check_values(text: Tensor, image: Tensor, starts: Tensor, counts: Tensor, capacity: int | None) -> None:
     if not checks.values_are_checked(text):
         return
-    wrong = present[:, 0] & ((text_lengths < 0) | (text_lengths > text.shape[1]))
+    sizes = torch.tensor([len(text), len(image)], device=starts.device)
+    wrong = (counts < 0) | ((counts > 0) & ((starts < 0) | (starts.long() + counts > sizes)))
     if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        longest, found = text.shape[1], int(text_lengths[row])
-        raise ValueError(f"text_lengths must be 0 to the length of text, {longest}, but is {found} in row {row}")
-    if capacity is not None:
-        tokens = int((text_lengths * present[:, 0]).sum() + image.shape[1] * present[:, 1].sum())
-        if tokens > capacity:
-            raise ValueError(f"capacity must be at least the number of tokens, {tokens}, but is {capacity}")
+        row, modality = wrong.nonzero()[0].tolist()
+        first, count = int(starts[row, modality]), int(counts[row, modality])
+        raise ValueError(
+            f"row {row} takes {count} tokens of {('text', 'image')[modality]} from {first} on, "
+            f"but starts and counts must lie within its {int(sizes[modality])} tokens"
+        )
+    if capacity is not None and (tokens := int(counts.sum())) > capacity:
+        raise ValueError(f"capacity must be at least the number of tokens, {tokens}, but is {capacity}")
     checks.not_nan(text=text, image=image)
 
 
@@ -137,38 +148,28 @@ def _check_values(text: Tensor, image: Tensor, text_lengths: Tensor, present: Te
 def _(
     text: Tensor,
     image: Tensor,
-    text_lengths: Tensor,
-    present: Tensor,
+    starts: Tensor,
+    counts: Tensor,
     type_embedding: Tensor | None,
     capacity: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     tokens = library.get_ctx().new_dynamic_size() if capacity is None else capacity
-    return text.new_empty(tokens, text.shape[2]), text_lengths.new_empty(text.shape[0] + 1)
+    return text.new_empty(tokens, text.shape[1]), starts.new_empty(starts.shape[0] + 1)
 
 
 @library.register_fake("cmaclip::pack_tokens_backward")
 def _(
-    grad_packed: Tensor,
-    text_lengths: Tensor,
-    present: Tensor,
-    cu_seqlens: Tensor,
-    length: int,
-    patches: int,
-    backend: str,
+    grad_packed: Tensor, starts: Tensor, counts: Tensor, cu_seqlens: Tensor, texts: int, images: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, width = present.shape[0], grad_packed.shape[1]
-    return (
-        grad_packed.new_empty(rows, length, width),
-        grad_packed.new_empty(rows, patches, width),
-        grad_packed.new_empty(2, width),
-    )
+    width = grad_packed.shape[1]
+    return grad_packed.new_empty(texts, width), grad_packed.new_empty(images, width), grad_packed.new_empty(2, width)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    text, image, text_lengths, present, type_embedding, _, ctx.backend = inputs
-    ctx.save_for_backward(text_lengths, present, output[1])
-    ctx.length, ctx.patches, ctx.typed = text.shape[1], image.shape[1], type_embedding is not None
+    text, image, starts, counts, type_embedding, _, ctx.backend = inputs
+    ctx.save_for_backward(starts, counts, output[1])
+    ctx.texts, ctx.images, ctx.typed = text.shape[0], image.shape[0], type_embedding is not None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 
@@ -176,9 +177,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad_packed: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_packed is None:
         return (None,) * 7
-    text_lengths, present, cu_seqlens = ctx.saved_tensors
+    starts, counts, cu_seqlens = ctx.saved_tensors
     grad_text, grad_image, grad_type = torch.ops.cmaclip.pack_tokens_backward(
-        grad_packed, text_lengths, present, cu_seqlens, ctx.length, ctx.patches, ctx.backend
+        grad_packed, starts, counts, cu_seqlens, ctx.texts, ctx.images, ctx.backend
     )
     return grad_text, grad_image, None, None, grad_type if ctx.typed else None, None, None
 

@@ -19,25 +19,18 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def token_counts(text_lengths: Tensor, present: Tensor, length: int, patches: int) -> tuple[Tensor, Tensor]:
-    """Text and image tokens of each row, `[B]` int32: 0 where the modality is absent."""
-    text = torch.where(present[:, 0], text_lengths.clamp(0, length), 0)  # [B]
-    image = torch.where(present[:, 1], patches, 0)  # [B]
-    return text.to(torch.int32), image.to(torch.int32)
-
-
 def pack_tokens_forward(
-    text: Tensor,  # [B, L, D]
-    image: Tensor,  # [B, P, D]
-    text_lengths: Tensor,  # [B] int32
-    present: Tensor,  # [B, 2] bool
+    text: Tensor,  # [Tt, D]
+    image: Tensor,  # [Ti, D]
+    starts: Tensor,  # [B, 2] int32
+    counts: Tensor,  # [B, 2] int32
     type_embedding: Tensor | None,  # [2, D]
     capacity: int | None,
 ) -> tuple[Tensor, Tensor]:  # [T, D], [B + 1] int32
-    cu_seqlens, kept = _packed_positions(text, image, text_lengths, present)
+    cu_seqlens = F.pad(counts.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
     if type_embedding is not None:
         text, image = text + type_embedding[0], image + type_embedding[1]
-    packed = torch.cat([text, image], dim=1)[kept]  # [T, D]
+    packed = torch.cat([text, image])[_packed_sources(starts, counts, len(text))]  # [T, D]
     if capacity is None:
         return packed, cu_seqlens
     if len(packed) > capacity:
@@ -47,33 +40,29 @@ def pack_tokens_forward(
 
 def pack_tokens_backward(
     grad_packed: Tensor,  # [T, D]
-    text_lengths: Tensor,  # [B] int32
-    present: Tensor,  # [B, 2] bool
+    starts: Tensor,  # [B, 2] int32
+    counts: Tensor,  # [B, 2] int32
     cu_seqlens: Tensor,  # [B + 1] int32
-    length: int,
-    patches: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # [B, L, D], [B, P, D], [2, D]
-    rows, width = len(present), grad_packed.shape[1]
-    like_text = grad_packed.new_empty(rows, length, 0)
-    like_image = grad_packed.new_empty(rows, patches, 0)
-    _, kept = _packed_positions(like_text, like_image, text_lengths, present)
-    grad = grad_packed.new_zeros(rows, length + patches, width)
-    grad[kept] = grad_packed[: int(cu_seqlens[-1])]
-    grad_text, grad_image = grad[:, :length].contiguous(), grad[:, length:].contiguous()
-    total = wide(grad.dtype)
-    grad_type = torch.stack([grad_text.sum((0, 1), dtype=total), grad_image.sum((0, 1), dtype=total)])
-    return grad_text, grad_image, grad_type.to(grad.dtype)
+    texts: int,
+    images: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # [Tt, D], [Ti, D], [2, D]
+    total = wide(grad_packed.dtype)
+    used = grad_packed[: int(cu_seqlens[-1])].to(total)
+    sources = _packed_sources(starts, counts, texts)
+    grad = used.new_zeros(texts + images, used.shape[1]).index_add_(0, sources, used)  # [Tt + Ti, D]
+    grad_type = torch.stack([grad[:texts].sum(0), grad[texts:].sum(0)])
+    grad = grad.to(grad_packed.dtype)
+    return grad[:texts].clone(), grad[texts:].clone(), grad_type.to(grad_packed.dtype)
 
 
-def _packed_positions(
-    text: Tensor, image: Tensor, text_lengths: Tensor, present: Tensor
-) -> tuple[Tensor, Tensor]:  # [B + 1] int32, [B, L + P] bool
-    length, patches = text.shape[1], image.shape[1]
-    text_count, image_count = token_counts(text_lengths, present, length, patches)
-    cu_seqlens = F.pad(torch.cumsum(text_count + image_count, 0, dtype=torch.int32), (1, 0))
-    text_kept = torch.arange(length, device=text.device) < text_count[:, None]  # [B, L]
-    image_kept = torch.arange(patches, device=text.device) < image_count[:, None]  # [B, P]
-    return cu_seqlens, torch.cat([text_kept, image_kept], dim=1)
+def _packed_sources(starts: Tensor, counts: Tensor, texts: int) -> Tensor:  # [T] int64
+    """For each packed token its place among the text tokens followed by the image tokens."""
+    first = starts.long() + torch.tensor([0, texts], device=starts.device)  # [B, 2]
+    ends = counts.flatten().long().cumsum(0)
+    # a part is one modality of one row; its tokens are consecutive in both
+    part = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts.flatten())
+    place = torch.arange(len(part), device=counts.device) - (ends - counts.flatten())[part]
+    return first.flatten()[part] + place
 
 
 def packed_attention_forward(

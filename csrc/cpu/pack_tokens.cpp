@@ -1,4 +1,4 @@
-// pack_tokens on the CPU: packed tokens, and in the backward blocks of tokens, are shared among the threads.
+// pack_tokens on the CPU: packed tokens, and in the backward blocks of source tokens, are shared among the threads.
 
 #include "tensors.h"
 #include "threads.h"
@@ -12,29 +12,33 @@
 namespace cmaclip {
 namespace {
 
-// Tokens whose gradients are summed together; fixed, so that the number of threads does not change the sum's order.
+// Source tokens whose gradients are summed together; fixed, so that the number of threads does not change the order.
 constexpr int64_t kBlock = 128;
 
-// The text tokens of each row; where the text is absent, none.
-std::vector<int32_t> text_counts(const Tensor& text_lengths, const Tensor& present, int64_t length) {
-  std::vector<int32_t> counts(present.size(0));
-  const int32_t* lengths = data<int32_t>(text_lengths);
-  const bool* exists = data<bool>(present);
-  for (size_t b = 0; b < counts.size(); ++b)
-    counts[b] = exists[2 * b] ? std::clamp<int64_t>(lengths[b], 0, length) : 0;
-  return counts;
-}
+// What each row takes of text and image, `[B][2]`, kept within the sources.
+struct Spans {
+  std::vector<int32_t> starts, counts;
 
-std::tuple<Tensor, Tensor> pack_tokens_forward(const Tensor text, const Tensor image, const Tensor text_lengths,
-                                               const Tensor present, const std::optional<Tensor> type_embedding,
+  Spans(const Tensor& given_starts, const Tensor& given_counts, int64_t texts, int64_t images)
+      : starts(data<int32_t>(given_starts), data<int32_t>(given_starts) + given_starts.numel()),
+        counts(data<int32_t>(given_counts), data<int32_t>(given_counts) + given_counts.numel()) {
+    for (size_t i = 0; i < starts.size(); ++i) {
+      const int64_t size = i % 2 == 0 ? texts : images;
+      starts[i] = std::clamp<int64_t>(starts[i], 0, size);
+      counts[i] = std::clamp<int64_t>(counts[i], 0, size - starts[i]);
+    }
+  }
+};
+
+std::tuple<Tensor, Tensor> pack_tokens_forward(const Tensor text, const Tensor image, const Tensor starts,
+                                               const Tensor counts, const std::optional<Tensor> type_embedding,
                                                const std::optional<int64_t> capacity) {
-  const int64_t rows = text.size(0), length = text.size(1), patches = image.size(1), width = text.size(2);
-  const std::vector<int32_t> texts = text_counts(text_lengths, present, length);
-  Tensor cu_seqlens = new_tensor(text_lengths, {rows + 1});
+  const int64_t rows = starts.size(0), width = text.size(1);
+  const Spans spans(starts, counts, text.size(0), image.size(0));
+  Tensor cu_seqlens = new_tensor(starts, {rows + 1});
   int32_t* ends = mutable_data<int32_t>(cu_seqlens);
   ends[0] = 0;
-  for (int64_t b = 0; b < rows; ++b)
-    ends[b + 1] = ends[b] + texts[b] + (data<bool>(present)[2 * b + 1] ? patches : 0);
+  for (int64_t b = 0; b < rows; ++b) ends[b + 1] = ends[b] + spans.counts[2 * b] + spans.counts[2 * b + 1];
   const int64_t size = capacity.value_or(ends[rows]);
   STD_TORCH_CHECK(size >= ends[rows], "capacity must be at least the number of tokens, ", ends[rows], ", but is ", size);
   Tensor packed = new_tensor(text, {size, width});
@@ -43,47 +47,50 @@ std::tuple<Tensor, Tensor> pack_tokens_forward(const Tensor text, const Tensor i
     torch::stable::parallel_for(0, size, grain(width), [&](int64_t begin, int64_t end) {
       const int64_t row = std::upper_bound(ends + 1, ends + rows + 1, begin) - (ends + 1);
       CMACLIP_DISPATCH(pack_range)
-      (begin, end, row, rows, length, patches, width, data<T>(text), data<T>(image), data<T>(type_embedding),
-       texts.data(), ends, mutable_data<T>(packed));
+      (begin, end, row, rows, width, data<T>(text), data<T>(image), data<T>(type_embedding), spans.starts.data(),
+       spans.counts.data(), ends, mutable_data<T>(packed));
     });
   });
   return {packed, cu_seqlens};
 }
 
-std::tuple<Tensor, Tensor, Tensor> pack_tokens_backward(const Tensor grad_packed, const Tensor text_lengths,
-                                                        const Tensor present, const Tensor cu_seqlens, int64_t length,
-                                                        int64_t patches) {
-  const int64_t rows = present.size(0), width = grad_packed.size(1);
-  const int64_t blocks = (rows * (length + patches) + kBlock - 1) / kBlock;
-  const std::vector<int32_t> texts = text_counts(text_lengths, present, length);
-  Tensor grad_text = new_tensor(grad_packed, {rows, length, width});
-  Tensor grad_image = new_tensor(grad_packed, {rows, patches, width});
+std::tuple<Tensor, Tensor, Tensor> pack_tokens_backward(const Tensor grad_packed, const Tensor starts,
+                                                        const Tensor counts, const Tensor cu_seqlens, int64_t texts,
+                                                        int64_t images) {
+  const int64_t rows = starts.size(0), width = grad_packed.size(1);
+  const Spans spans(starts, counts, texts, images);
+  Tensor grads[2] = {new_tensor(grad_packed, {texts, width}), new_tensor(grad_packed, {images, width})};
   Tensor grad_type = new_tensor(grad_packed, {2, width});
-  // At least one block, so that the sum of no tokens is 0.
-  std::vector<float> sums(std::max<int64_t>(blocks, 1) * 2 * width);
   for_dtype(grad_packed, "grad_packed", [&](auto zero) {
     using T = decltype(zero);
-    torch::stable::parallel_for(0, blocks, grain(kBlock * width), [&](int64_t begin, int64_t end) {
-      CMACLIP_DISPATCH(unpack_blocks)
-      (begin, end, kBlock, rows, length, patches, width, data<T>(grad_packed), texts.data(), data<int32_t>(cu_seqlens),
-       mutable_data<T>(grad_text), mutable_data<T>(grad_image), sums.data());
-    });
-    torch::stable::parallel_for(0, 2 * width, grain(blocks), [&](int64_t begin, int64_t end) {
-      CMACLIP_DISPATCH(add_blocks)(begin, end, blocks, 2 * width, sums.data(), mutable_data<T>(grad_type));
-    });
+    for (int64_t modality = 0; modality < 2; ++modality) {
+      const int64_t tokens = grads[modality].size(0), blocks = (tokens + kBlock - 1) / kBlock;
+      // At least one block, so that the sum of no tokens is 0.
+      std::vector<float> sums(std::max<int64_t>(blocks, 1) * width);
+      T* grad = mutable_data<T>(grads[modality]);
+      T* type = mutable_data<T>(grad_type) + modality * width;
+      torch::stable::parallel_for(0, blocks, grain(kBlock * width), [&](int64_t begin, int64_t end) {
+        CMACLIP_DISPATCH(unpack_blocks)
+        (begin, end, kBlock, rows, modality, tokens, width, data<T>(grad_packed), spans.starts.data(),
+         spans.counts.data(), data<int32_t>(cu_seqlens), grad, sums.data());
+      });
+      torch::stable::parallel_for(0, width, grain(blocks), [&](int64_t begin, int64_t end) {
+        CMACLIP_DISPATCH(add_blocks)(begin, end, blocks, width, sums.data(), type);
+      });
+    }
   });
-  return {grad_text, grad_image, grad_type};
+  return {grads[0], grads[1], grad_type};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cmaclip, m) {
   m.def(
-      "_pack_tokens_forward_cpp(Tensor text, Tensor image, Tensor text_lengths, Tensor present, Tensor? type_embedding,"
+      "_pack_tokens_forward_cpp(Tensor text, Tensor image, Tensor starts, Tensor counts, Tensor? type_embedding,"
       " int? capacity) -> (Tensor, Tensor)");
   m.def(
-      "_pack_tokens_backward_cpp(Tensor grad_packed, Tensor text_lengths, Tensor present, Tensor cu_seqlens,"
-      " int length, int patches) -> (Tensor, Tensor, Tensor)");
+      "_pack_tokens_backward_cpp(Tensor grad_packed, Tensor starts, Tensor counts, Tensor cu_seqlens, int texts,"
+      " int images) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cmaclip, CPU, m) {

@@ -33,21 +33,20 @@ void add_tokens(int64_t tokens, int64_t width, const T* in, float* total) {
 
 // The packed tokens from `begin` to `end`, the first of them in `row`; 0 past the last row's.
 template <typename T>
-void pack_range(int64_t begin, int64_t end, int64_t row, int64_t rows, int64_t length, int64_t patches, int64_t width,
-                const T* text, const T* image, const T* types, const int32_t* texts, const int32_t* cu_seqlens,
-                T* packed) {
+void pack_range(int64_t begin, int64_t end, int64_t row, int64_t rows, int64_t width, const T* text, const T* image,
+                const T* types, const int32_t* starts, const int32_t* counts, const int32_t* cu_seqlens, T* packed) {
   const T* image_type = types == nullptr ? nullptr : types + width;
   for (; row < rows && begin < end; ++row) {
-    const int64_t start = cu_seqlens[row], images = start + texts[row];
+    const int64_t first = cu_seqlens[row], images = first + counts[2 * row];
     const int64_t stop = end < cu_seqlens[row + 1] ? end : cu_seqlens[row + 1];
     const int64_t text_stop = stop < images ? stop : images;
     if (begin < text_stop) {
-      copy_tokens(text_stop - begin, width, text + (row * length + begin - start) * width, types,
+      copy_tokens(text_stop - begin, width, text + (starts[2 * row] + begin - first) * width, types,
                   packed + begin * width);
       begin = text_stop;
     }
     if (begin < stop) {
-      copy_tokens(stop - begin, width, image + (row * patches + begin - images) * width, image_type,
+      copy_tokens(stop - begin, width, image + (starts[2 * row + 1] + begin - images) * width, image_type,
                   packed + begin * width);
       begin = stop;
     }
@@ -55,41 +54,57 @@ void pack_range(int64_t begin, int64_t end, int64_t row, int64_t rows, int64_t l
   if (begin < end) std::memset(static_cast<void*>(packed + begin * width), 0, (end - begin) * width * sizeof(T));
 }
 
-// Brings `tokens` gradients back, of which the first `kept` were packed, and adds them to `total`.
+// The gradients of one modality's source tokens in blocks of `block`, and each block's sum [D]. A token's gradient is
+// the sum over the rows that hold it, in their order.
 template <typename T>
-void unpack_tokens(int64_t tokens, int64_t kept, int64_t width, const T* in, T* out, float* total) {
-  kept = kept < 0 ? 0 : kept < tokens ? kept : tokens;
-  std::memcpy(out, in, kept * width * sizeof(T));
-  std::memset(static_cast<void*>(out + kept * width), 0, (tokens - kept) * width * sizeof(T));
-  add_tokens(kept, width, in, total);
-}
-
-// The gradients of text and image in blocks of `block` of the B * (L + P) tokens, and each block's sums [2, D].
-template <typename T>
-void unpack_blocks(int64_t block_begin, int64_t block_end, int64_t block, int64_t rows, int64_t length,
-                   int64_t patches, int64_t width, const T* grad_packed, const int32_t* texts,
-                   const int32_t* cu_seqlens, T* grad_text, T* grad_image, float* sums) {
-  const int64_t tokens = length + patches;
+void unpack_blocks(int64_t block_begin, int64_t block_end, int64_t block, int64_t rows, int64_t modality,
+                   int64_t tokens, int64_t width, const T* grad_packed, const int32_t* starts, const int32_t* counts,
+                   const int32_t* cu_seqlens, T* grad, float* sums) {
   for (int64_t i = block_begin; i < block_end; ++i) {
-    float* total = sums + i * 2 * width;
-    std::memset(total, 0, 2 * width * sizeof(float));
-    const int64_t end = (i + 1) * block < rows * tokens ? (i + 1) * block : rows * tokens;
-    for (int64_t at = i * block; at < end;) {
-      const int64_t row = at / tokens, first = at - row * tokens;
-      const int64_t last = end - row * tokens < tokens ? end - row * tokens : tokens;
-      const T* grad = grad_packed + cu_seqlens[row] * width;
-      const int64_t images = cu_seqlens[row + 1] - cu_seqlens[row] - texts[row];
-      if (first < length) {
-        const int64_t stop = last < length ? last : length;
-        unpack_tokens(stop - first, texts[row] - first, width, grad + first * width,
-                      grad_text + (row * length + first) * width, total);
+    const int64_t begin = i * block, end = begin + block < tokens ? begin + block : tokens;
+    float* total = sums + i * width;
+    std::memset(total, 0, width * sizeof(float));
+    const auto holds = [&](int64_t row, int64_t from, int64_t to) {
+      const int64_t first = starts[2 * row + modality], last = first + counts[2 * row + modality];
+      return first < last && first < to && last > from;
+    };
+    int64_t first_row = 0, last_row = rows;
+    while (first_row < rows && !holds(first_row, begin, end)) ++first_row;
+    while (last_row > first_row && !holds(last_row - 1, begin, end)) --last_row;
+    // Runs of tokens that the same rows hold; what one row alone holds is copied.
+    for (int64_t at = begin; at < end;) {
+      int64_t holders = 0, holder = 0, stop = end;
+      for (int64_t row = first_row; row < last_row; ++row) {
+        if (!holds(row, at, stop)) continue;
+        const int64_t first = starts[2 * row + modality], last = first + counts[2 * row + modality];
+        if (first > at) {
+          stop = first;
+        } else {
+          stop = last < stop ? last : stop;
+          if (holders++ == 0) holder = row;
+        }
       }
-      if (last > length) {
-        const int64_t start = first < length ? 0 : first - length;
-        unpack_tokens(last - length - start, images - start, width, grad + (texts[row] + start) * width,
-                      grad_image + (row * patches + start) * width, total + width);
+      const auto from = [&](int64_t row) {
+        const int64_t before = modality == 0 ? 0 : counts[2 * row];
+        return grad_packed + (cu_seqlens[row] + before + at - starts[2 * row + modality]) * width;
+      };
+      T* out = grad + at * width;
+      if (holders == 0) {
+        std::memset(static_cast<void*>(out), 0, (stop - at) * width * sizeof(T));
+      } else if (holders == 1) {
+        std::memcpy(static_cast<void*>(out), from(holder), (stop - at) * width * sizeof(T));
+        add_tokens(stop - at, width, from(holder), total);
+      } else {
+        for (int64_t d = 0; d < width; d += kLanes)
+          for (int64_t t = 0; t < stop - at; ++t) {
+            Vec sum = load(from(holder) + t * width + d, width - d);
+            for (int64_t row = holder + 1; row < last_row; ++row)
+              if (holds(row, at, at + 1)) sum = sum + load(from(row) + t * width + d, width - d);
+            store(out + t * width + d, sum, width - d);
+            store(total + d, load(total + d, width - d) + sum, width - d);
+          }
       }
-      at = row * tokens + last;
+      at = stop;
     }
   }
 }

@@ -62,14 +62,16 @@ def modality_pool(dtype: str, every: bool) -> Iterator[Variant]:
 
 def pack_tokens(dtype: str, every: bool) -> Iterator[Variant]:
     kernels = kernels_of("pack_tokens")
-    counts = {"text_lengths": "*i32", "present": "*i1", "cu_seqlens": "*i32"}
-    sizes = dict.fromkeys(("length", "patches", "tokens", "width"), "i32")
-    blocks = kernels._blocks(512)
-    yield "cu_seqlens_kernel", counts | sizes | {"rows": "i32"}, {"BLOCK_B": 1024}
-    tokens = {"text": "T", "image": "T", "type_embedding": "T", "packed": "T", "rows": "i32"}
-    yield "pack_kernel", tokens | counts | sizes, blocks
-    grads = {"grad_packed": "T", "grad_text": "T", "grad_image": "T", "partial": "*fp32"}
-    yield "unpack_kernel", grads | counts | sizes, blocks | {"CHUNK": kernels.CHUNK}
+    spans = {"starts": "*i32", "counts": "*i32", "cu_seqlens": "*i32", "rows": "i32"}
+    blocks, rows = kernels._blocks(512), {"BLOCK_B": kernels.BLOCK_B}
+    sources = {"texts": "i32", "images": "i32"}
+    sizes = {"tokens": "i32", "width": "i32"}
+    yield "cu_seqlens_kernel", spans | sources, rows
+    tokens = {"text": "T", "image": "T", "type_embedding": "T", "packed": "T"}
+    yield "pack_kernel", tokens | spans | sources | sizes, blocks | {"STEPS": 9}
+    grads = {"grad_packed": "T", "grad_source": "T", "partial": "*fp32"}
+    places = {"modality": "i32", "texts": "i32", "sources": "i32"}
+    yield "unpack_kernel", grads | spans | places | sizes, blocks | rows | {"CHUNK": kernels.CHUNK}
     sums = {"partial": "*fp32", "grad_type": "T", "partials": "i32", "width": "i32"}
     yield "type_kernel", sums, {"BLOCK_R": 32, "BLOCK_D": 64}
 

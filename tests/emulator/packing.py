@@ -12,12 +12,12 @@ from torch import Tensor
 from .arrays import ceil_div, name_of, nan_like, to_numpy, to_tensor
 from .emulate import ORDERS, Kernels, Report
 
-SCAN_THREADS, THREADS, TOKENS_PER_BLOCK, SUM_THREADS = 1024, 128, 16, 256
+SCAN_THREADS, THREADS, TOKENS_PER_BLOCK, SUM_THREADS, TOKENS_PER_SUM = 1024, 128, 16, 256, 128
 
 
 class Shape(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int) for name in ("rows", "length", "patches", "width")),
+        *((name, ctypes.c_int) for name in ("rows", "texts", "images", "width")),
         ("capacity", ctypes.c_int64),
     )
 
@@ -30,16 +30,15 @@ class Packing:
         library: Kernels,
         text: Tensor,
         image: Tensor,
-        lengths: Tensor,
-        present: Tensor,
+        starts: Tensor,
+        counts: Tensor,
         orders: Sequence[tuple[str, int]] = ORDERS,
     ) -> None:
         self.compiled, self.dtype, self.orders = library, text.dtype, orders
-        self.rows, self.length, self.width = text.shape
-        self.patches = image.shape[1]
-        self.places = self.length + self.patches
+        self.texts, self.width = text.shape
+        self.images, self.rows = len(image), len(starts)
         self.text, self.image = to_numpy(text), to_numpy(image)
-        self.lengths, self.present = to_numpy(lengths), to_numpy(present)
+        self.starts, self.counts = to_numpy(starts), to_numpy(counts)
         per_access = 16 // text.element_size()
         self.count = per_access if self.width % per_access == 0 else 1
         self.name = name_of(self.dtype) + ("_wide" if self.count > 1 else "_narrow")
@@ -50,29 +49,32 @@ class Packing:
         self.reports[kernel] = report.check()
 
     def shape(self, capacity: int) -> bytes:
-        return bytes(Shape(self.rows, self.length, self.patches, self.width, capacity))
+        return bytes(Shape(self.rows, self.texts, self.images, self.width, capacity))
 
     def forward(self, types: Tensor | None, capacity: int | None) -> tuple[Tensor, Tensor]:
         ends = np.full(self.rows + 1, -1, np.int32)
-        self.launch("row_ends", "", 1, SCAN_THREADS, [self.shape(0), self.lengths, self.present, ends])
+        self.launch("row_ends", "", 1, SCAN_THREADS, [self.shape(0), self.starts, self.counts, ends])
         size = int(ends[-1]) if capacity is None else capacity
         packed = nan_like((size, self.width), self.dtype)
-        packed[self.rows * self.places :] = 0
         given = None if types is None else to_numpy(types)
-        grid = (self.rows, ceil_div(self.places, TOKENS_PER_BLOCK))
-        arguments = [self.text, self.image, self.lengths, self.present, given, ends, packed]
-        self.launch("pack", "_" + self.name, grid, THREADS, [self.shape(size), *arguments])
+        arguments = [self.text, self.image, self.starts, self.counts, given, ends, packed]
+        grid = ceil_div(size, TOKENS_PER_BLOCK)
+        if grid > 0:
+            self.launch("pack", "_" + self.name, grid, THREADS, [self.shape(size), *arguments])
         return to_tensor(packed, self.dtype), to_tensor(ends, torch.int32)
 
     def backward(self, grad_packed: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts = self.compiled.call("sums_per_row", self.places)
-        grad_text = nan_like((self.rows, self.length, self.width), self.dtype)
-        grad_image = nan_like((self.rows, self.patches, self.width), self.dtype)
-        grad_types = nan_like((2, self.width), self.dtype)
-        sums = nan_like((self.rows * parts, 2, self.width), torch.float32)
-        grid = (self.rows, ceil_div(self.width, 32 * self.count), parts)
-        arguments = [to_numpy(grad_packed), self.lengths, self.present, to_numpy(ends), grad_text, grad_image, sums]
-        self.launch("unpack", "_" + self.name, grid, SUM_THREADS, [self.shape(len(grad_packed)), *arguments])
-        arguments = [2 * self.width, self.rows * parts, sums, grad_types]
-        self.launch("add_sums", "_" + name_of(self.dtype), ceil_div(2 * self.width, 32), SCAN_THREADS, arguments)
-        return tuple(to_tensor(array, self.dtype) for array in (grad_text, grad_image, grad_types))
+        grads = [nan_like((size, self.width), self.dtype) for size in (self.texts, self.images)]
+        types = [nan_like((self.width,), self.dtype) for _ in grads]
+        shape = self.shape(len(grad_packed))
+        given = [to_numpy(grad_packed), self.starts, self.counts, to_numpy(ends)]
+        for modality, (grad, type_) in enumerate(zip(grads, types, strict=True)):
+            parts = ceil_div(len(grad), TOKENS_PER_SUM)
+            sums = nan_like((parts, self.width), torch.float32)
+            grid = (parts, ceil_div(self.width, 32 * self.count))
+            if parts > 0:
+                self.launch("unpack", "_" + self.name, grid, SUM_THREADS, [shape, modality, *given, grad, sums])
+            arguments = [self.width, parts, sums, type_]
+            self.launch("add_sums", "_" + name_of(self.dtype), ceil_div(self.width, 32), SCAN_THREADS, arguments)
+        text, image = (to_tensor(grad, self.dtype) for grad in grads)
+        return text, image, torch.stack([to_tensor(type_, self.dtype) for type_ in types])

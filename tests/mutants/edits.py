@@ -282,35 +282,38 @@ EDITS = (
     cuda("pack_tokens", "the scan forgets earlier turns", "    before += totals[kTotals - 1];\n", ""),
     cuda(
         "pack_tokens",
-        "text lengths are not held to the padded length",
-        "min(max(text_lengths[row], 0), shape.length)",
-        "text_lengths[row]",
+        "spans are not kept within their source",
+        "return {first, min(max(counts[2 * row + modality], 0), size - first)};",
+        "return {first, counts[2 * row + modality]};",
     ),
-    cuda("pack_tokens", "absent texts are packed", "return {present[2 * row] ? min", "return {true ? min"),
-    cuda("pack_tokens", "the image has the text's type", "(place < tokens.text ? 0 : shape.width) + d", "0 + d"),
+    cuda("pack_tokens", "starts are not read", "min(max(starts[2 * row + modality], 0), size)", "0"),
+    cuda("pack_tokens", "the image has the text's type", "(is_text[t] ? 0 : shape.width) + d", "0 + d"),
     cuda(
         "pack_tokens",
-        "image tokens overwrite text tokens",
-        "row * shape.patches + place - tokens.text",
-        "row * shape.patches + place",
+        "image tokens are counted from the row's first token",
+        "1).first + place - of_text.count)",
+        "1).first + place)",
     ),
+    cuda("pack_tokens", "the last row of a warp's tokens is kept", "++row;\n    sources[t]", "break;\n    sources[t]"),
     cuda(
         "pack_tokens",
-        "padding after the last token is not cleared",
-        "if (place < places && token < shape.capacity) store(packed",
-        "if (place < kept && token < shape.capacity) store(packed",
+        "what follows the last row is not cleared",
+        "if (begin + t < shape.capacity) store(packed",
+        "if (sources[t] != nullptr) store(packed",
     ),
     cuda(
         "pack_tokens",
         "the image's gradient is the text's",
-        "begin + (is_text ? place : tokens.text + patch);",
-        "begin + (is_text ? place : patch);",
+        "modality == 0 ? 0 : span_of(shape, starts, counts, mine, 0).count;",
+        "0;",
     ),
+    cuda("pack_tokens", "a token's gradient is that of its first row", "holders &= holders - 1) {", "holders = 0) {"),
+    cuda("pack_tokens", "the last rows are passed over", "last_row = max(last_row, last_rows[w]);", ""),
     cuda(
         "pack_tokens",
         "partial sums are read before all are written",
-        "  __syncthreads();\n  float* out = sums",
-        "  float* out = sums",
+        "  __syncthreads();\n  for (int column",
+        "  for (int column",
     ),
     cuda(
         "multitask_cross_entropy", "the running sum is not rescaled", "if (now != most) total *= expf(most - base);", ""
@@ -404,16 +407,29 @@ EDITS = (
         "added = text_type",
     ),
     triton(
-        "pack_tokens",
-        "patches are counted from the padded text",
-        "    patch = slot - texts\n",
-        "    patch = slot - length\n",
+        "pack_tokens", "starts are not read", "tl.load(starts + row * 2 + modality, mask=inside, other=0)", "0 * row"
     ),
     triton(
         "pack_tokens",
-        "absent images are packed",
-        "tl.where(tl.load(present + row * 2 + 1, mask=inside, other=0) != 0, patches, 0)",
-        "tl.where(inside, patches, 0)",
+        "spans are not kept within their source",
+        "tl.minimum(tl.maximum(count, 0), size - first)",
+        "count",
+    ),
+    triton(
+        "pack_tokens",
+        "image tokens are counted from the row's first token",
+        "(image_first + place - text_count)",
+        "(image_first + place)",
+    ),
+    triton("pack_tokens", "the search for the row stops early", "tl.static_range(STEPS)", "tl.static_range(STEPS - 1)"),
+    triton(
+        "pack_tokens",
+        "the image's gradient is the text's",
+        "tl.load(cu_seqlens + row) + tl.where(modality == 0, 0, text_count)",
+        "tl.load(cu_seqlens + row)",
+    ),
+    triton(
+        "pack_tokens", "the last row is passed over", "range(first_row, last_row + 1)", "range(first_row, last_row)"
     ),
     triton(
         "multitask_cross_entropy", "the running sum is not rescaled", "total * tl.exp(most - larger) + tl", "total + tl"

@@ -125,20 +125,35 @@ def modality_pool_case(rows: int, modalities: int, width: int, tasks: int, share
 
 
 def pack_tokens_case(
-    rows: int, length: int, patches: int, width: int, typed: bool = True, spare: int | None = None
+    rows: int,
+    length: int,
+    patches: int,
+    width: int,
+    typed: bool = True,
+    spare: int | None = None,
+    shared: bool = False,
 ) -> Case:
-    text_lengths = torch.randint(0, length + 1, (rows,), dtype=torch.int32)
+    """Rows of up to `length` text tokens and, where present, `patches` image tokens; gaps lie between the texts.
+
+    With `shared`, rows take any tokens there are, the same ones as others too.
+    """
     present = torch.rand(rows, 2) < 0.7
+    counts = torch.stack([torch.randint(0, length + 1, (rows,)), torch.full((rows,), patches)], dim=1) * present
+    sizes = torch.tensor([rows * length, rows * patches])
+    if shared:
+        sizes = torch.tensor([2 * length, 2 * patches])
+        starts = (torch.rand(rows, 2) * (sizes - counts + 1)).long()
+    else:
+        starts = torch.arange(rows)[:, None] * torch.tensor([length, patches])
     arguments = {
-        "text": torch.randn(rows, length, width),
-        "image": torch.randn(rows, patches, width),
-        "text_lengths": text_lengths,
-        "present": present,
+        "text": torch.randn(int(sizes[0]), width),
+        "image": torch.randn(int(sizes[1]), width),
+        "starts": starts.int(),
+        "counts": counts.int(),
         "type_embedding": torch.randn(2, width) if typed else None,
     }
     if spare is not None:
-        tokens = (text_lengths * present[:, 0]).sum() + patches * present[:, 1].sum()
-        arguments["capacity"] = int(tokens) + spare
+        arguments["capacity"] = int(counts.sum()) + spare
     return Case("pack_tokens", arguments)
 
 

@@ -25,6 +25,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "modality_pool, shared": lambda: modality_pool_case(3, 2, 7, 2, shared=True),
     "pack_tokens": lambda: pack_tokens_case(4, 5, 3, 20),
     "pack_tokens, capacity": lambda: pack_tokens_case(4, 5, 3, 7, typed=False, spare=3),
+    "pack_tokens, shared": lambda: pack_tokens_case(6, 5, 3, 20, shared=True),
     "packed_attention": lambda: packed_attention_case([5, 0, 9], [7, 2, 3], size=20),
     "packed_attention, causal": lambda: packed_attention_case([5, 3], heads=1, size=33, causal=True),
     "multitask_cross_entropy": lambda: multitask_cross_entropy_case(6, [3, 9], weighted=True, label_smoothing=0.1),
