@@ -34,7 +34,7 @@ struct alignas(sizeof(T) * Count) Pack {
 template <class T>
 constexpr int kPerAccess = 16 / sizeof(T);
 
-// tests/aot finds the lines of `load` and `store` that say "one access" in the machine code, and their widths.
+// tests/aot looks up in the machine code what the lines that end in "one access" have become.
 template <int Count, class T>
 __device__ __forceinline__ Pack<T, Count> load(const T* p) {
   if constexpr (Count == 1) return {*p};

@@ -43,7 +43,7 @@ __device__ __forceinline__ void store_shared(void* shared, const Value& value) {
   *static_cast<Value*>(shared) = value;
 #else
   uint32_t words[kWords];
-  std::memcpy(words, &value, sizeof(Value));
+  std::memcpy(words, &value, sizeof(Value));  // one access: a load of `value` may be said to be here
   const uint32_t address = shared_address(shared);
   if constexpr (kWords == 1)
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(words[0]) : "memory");
