@@ -261,7 +261,7 @@ def access_table(rows: list[dict[str, Any]]) -> list[str]:
         for kind in ACCESSES:
             for dtype in ("fp16", "fp32"):
                 widths = of_dtype.get(dtype, of_dtype.get("", {})).get(kind, {})
-                yield ", ".join(f"{widths[width]}×{width}" for width in sorted(widths, reverse=True))
+                yield ", ".join(f"{widths[width]}x{width}" for width in sorted(widths, reverse=True))
 
     headings = ["operator", "kernel", *(f"{kind} {dtype}" for kind in ACCESSES for dtype in ("fp16", "fp32"))]
     return table(headings, (cells(*key, of_dtype) for key, of_dtype in instances.items()))
@@ -312,7 +312,7 @@ def cuda_section() -> list[str]:
         *resource_table(rows, dynamic_shared),
         "",
         *paragraph(
-            "Memory instructions in the machine code of sm_90, as number×bytes a thread; an unrolled loop has several,",
+            "Memory instructions in the machine code of sm_90, as number x bytes a thread: an unrolled loop has many,",
             "and its remainders, heads and tails are narrow. A copy is `cp.async`; `ldmatrix` is not counted.",
             wholeness(rows),
         ),

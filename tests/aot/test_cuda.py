@@ -1,4 +1,4 @@
-"""Every CUDA header compiles for sm_80, sm_90 and sm_100 without spills or stack, and its vector accesses stay whole."""
+"""Every CUDA header compiles for sm_80, sm_90 and sm_100 without spills or stack; its vector accesses stay whole."""
 
 from __future__ import annotations
 
