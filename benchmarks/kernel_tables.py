@@ -248,6 +248,35 @@ def most(rows: list[dict[str, Any]]) -> str:
     return f"{text} **Not reached, no stack and no spills** (bytes a thread): {listed}."
 
 
+ACCESSES = ("copy", "global load", "global store", "shared load", "shared store")
+
+
+def access_table(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each kernel: how many memory instructions of how many bytes, in fp16 (or integers) and in fp32."""
+    instances: dict[tuple[str, str], dict[str, dict[str, dict[int, int]]]] = {}
+    for row in rows:
+        instances.setdefault((row["operator"], row["kernel"]), {})[row["dtype"]] = row["accesses"]
+
+    def cells(operator: str, kernel: str, of_dtype: dict[str, dict[str, dict[int, int]]]) -> Iterator[str]:
+        yield from (operator, f"`{kernel}`")
+        for kind in ACCESSES:
+            for dtype in ("fp16", "fp32"):
+                widths = of_dtype.get(dtype, of_dtype.get("", {})).get(kind, {})
+                yield ", ".join(f"{widths[width]}x{width}" for width in sorted(widths, reverse=True))
+
+    headings = ["operator", "kernel", *(f"{kind} {dtype}" for kind in ACCESSES for dtype in ("fp16", "fp32"))]
+    return table(headings, (cells(*key, of_dtype) for key, of_dtype in instances.items()))
+
+
+def wholeness(rows: list[dict[str, Any]]) -> str:
+    """Whether accesses that the source makes 16 bytes at a time are compiled so."""
+    split = [f"`{row['kernel']}` {row['dtype']} sm_{row['architecture']}" for row in rows if row["split"]]
+    aim = "Every access that the source makes 16 bytes at a time is one instruction, in PTX and in machine code"
+    return (
+        f"**Not reached:** {aim}; split: {'; '.join(split)}." if split else f"{aim}, in all {len(rows)} compilations."
+    )
+
+
 def dynamic_shared(operator: str, kernel: str, dtype: str) -> str:
     """Bytes that the launcher asks for at the usual shape."""
     size = DTYPES[dtype].itemsize
@@ -282,6 +311,14 @@ def cuda_section() -> list[str]:
         *paragraph(most(rows)),
         "",
         *resource_table(rows, dynamic_shared),
+        "",
+        *paragraph(
+            "Memory instructions in the machine code of sm_90, as number x bytes a thread: an unrolled loop has many,",
+            "and its remainders, heads and tails are narrow. A copy is `cp.async`; `ldmatrix` is not counted.",
+            wholeness(rows),
+        ),
+        "",
+        *access_table([row for row in rows if row["architecture"] == 90]),
     ]
 
 

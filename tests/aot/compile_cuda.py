@@ -15,7 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from . import instructions
+
 ROOT = Path(__file__).parents[2]
+INCLUDE = ROOT / "csrc" / "include"
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"fp16": "__half", "bf16": "__nv_bfloat16", "fp32": "float"}
 
@@ -61,11 +64,17 @@ def named(operator: str) -> dict[str, tuple[str, str]]:
     return names
 
 
-def compile_operator(operator: str) -> list[dict[str, Any]]:
-    """What every kernel needs on every architecture. Raises RuntimeError with nvcc's words where it fails."""
-    kernels = named(operator)
-    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
-    options = ["-std=c++20", "-O3", "-I", ROOT / "csrc" / "include", "-Xptxas", "-v", "--threads", "2", *targets]
+def compile_operator(
+    operator: str, include: Path = INCLUDE, architectures: tuple[int, ...] = ARCHITECTURES, only: str = ""
+) -> list[dict[str, Any]]:
+    """What every kernel needs on every architecture. Raises RuntimeError with nvcc's words where it fails.
+
+    With `only`, the kernels whose name contains it. `accesses` counts memory instructions of the machine code by kind
+    and bytes; `split` names those, in PTX or machine code, of fewer than 16 bytes where the source has one access.
+    """
+    kernels = {name: instance for name, instance in named(operator).items() if only in name}
+    targets = [f"-gencode=arch=compute_{number},code=[sm_{number},compute_{number}]" for number in architectures]
+    options = ["-std=c++20", "-O3", "-lineinfo", "-I", include, "-Xptxas", "-v", "--threads", "2", *targets]
     with tempfile.TemporaryDirectory() as folder:
         source, compiled = Path(folder, f"{operator}.cu"), Path(folder, "out.o")
         pointers = ", ".join(f"(void*){name}" for name in kernels)
@@ -73,7 +82,8 @@ def compile_operator(operator: str) -> list[dict[str, Any]]:
         done = subprocess.run([nvcc(), *options, "-c", source, "-o", compiled], capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(done.stderr)
-        needs, tensor_core = ptxas_report(done.stderr), tensor_core_counts(compiled)
+        needs, whole = ptxas_report(done.stderr), whole_accesses(include)
+        ptx, machine = instructions.of_ptx(compiled), instructions.of_machine_code(compiled)
     plain = demangled({symbol for symbol, _ in needs})
     rows = []
     for (symbol, architecture), need in needs.items():
@@ -81,8 +91,30 @@ def compile_operator(operator: str) -> list[dict[str, Any]]:
             continue
         instance, dtype = kernels[plain[symbol]]
         row = {"operator": operator, "kernel": instance, "dtype": dtype, "architecture": architecture}
-        rows.append(row | need | {"tensor_core": tensor_core.get((symbol, architecture), 0)})
+        found = machine[symbol, architecture]
+        accesses: dict[str, dict[int, int]] = {}
+        for access in found.accesses:
+            of_kind = accesses.setdefault(access.kind, {})
+            of_kind[access.bytes] = of_kind.get(access.bytes, 0) + 1
+        split = sorted(
+            {
+                f"{access.name} at {access.file}:{access.line}"
+                for access in (*ptx[symbol, architecture].accesses, *found.accesses)
+                if (access.file, access.line) in whole and access.bytes < 16
+            }
+        )
+        rows.append(row | need | {"tensor_core": found.tensor_core, "accesses": accesses, "split": split})
     return rows
+
+
+def whole_accesses(include: Path) -> set[tuple[str, int]]:
+    """The file names and lines of accesses that the source means to be one instruction of 16 bytes."""
+    return {
+        (path.name, number)
+        for path in include.rglob("*.cuh")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(r";\s*// one access", line)
+    }
 
 
 def ptxas_report(text: str) -> dict[tuple[str, int], dict[str, int]]:
@@ -102,28 +134,6 @@ def ptxas_report(text: str) -> dict[tuple[str, int], dict[str, int]]:
             "shared": int(shared[1]) if shared else 0,
         }
     return needs
-
-
-def tensor_core_counts(compiled: Path) -> dict[tuple[str, int], int]:
-    """Tensor-core instructions (HMMA and its kin) in the machine code, by symbol and architecture."""
-    import triton
-
-    # Triton ships the disassembler; not every CUDA toolkit does.
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    command = [tools / "cuobjdump", "-sass", compiled]
-    text = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}).stdout
-    counts: dict[tuple[str, int], int] = {}
-    architecture, symbol = 0, ""
-    for line in text.splitlines():
-        if found := re.match(r"\s*code for sm_(\d+)", line):
-            architecture = int(found[1])
-        elif found := re.match(r"\s*Function : (\w+)", line):
-            symbol = found[1]
-        # HFMA2.MMA is none of them.
-        elif re.search(r"(?<![.\w])\w*MMA[.\s]", line):
-            counts[symbol, architecture] = counts.get((symbol, architecture), 0) + 1
-    return counts
 
 
 def demangled(symbols: set[str]) -> dict[str, str]:

@@ -34,14 +34,18 @@ struct alignas(sizeof(T) * Count) Pack {
 template <class T>
 constexpr int kPerAccess = 16 / sizeof(T);
 
+// tests/aot looks up in the machine code what the lines that end in "one access" have become.
 template <int Count, class T>
 __device__ __forceinline__ Pack<T, Count> load(const T* p) {
-  return *reinterpret_cast<const Pack<T, Count>*>(p);
+  if constexpr (Count == 1) return {*p};
+  else return *reinterpret_cast<const Pack<T, Count>*>(p);  // one access
 }
 
+// To global memory; isa::store_shared is for shared memory.
 template <class T, int Count>
 __device__ __forceinline__ void store(T* p, const Pack<T, Count>& pack) {
-  *reinterpret_cast<Pack<T, Count>*>(p) = pack;
+  if constexpr (Count == 1) *p = pack.values[0];
+  else *reinterpret_cast<Pack<T, Count>*>(p) = pack;  // one access
 }
 
 // The sum of the warp's values, in every lane.

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #ifdef CMACLIP_EMULATOR
@@ -31,6 +32,29 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 #endif
+
+// Stores 4, 8 or 16 bytes to shared memory, aligned to their size, as one access (st.shared). Of an assignment nvcc may
+// make several, which meet bank conflicts.
+template <class Value>
+__device__ __forceinline__ void store_shared(void* shared, const Value& value) {
+  constexpr int kWords = sizeof(Value) / 4;
+  static_assert(sizeof(Value) % 4 == 0 && (kWords == 1 || kWords == 2 || kWords == 4), "an access has 4, 8 or 16 bytes");
+#ifdef CMACLIP_EMULATOR
+  *static_cast<Value*>(shared) = value;
+#else
+  uint32_t words[kWords];
+  std::memcpy(words, &value, sizeof(Value));  // one access: a load of `value` may be said to be here
+  const uint32_t address = shared_address(shared);
+  if constexpr (kWords == 1)
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(words[0]) : "memory");
+  else if constexpr (kWords == 2)
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(words[0]), "r"(words[1]) : "memory");
+  else
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                 "r"(words[3])
+                 : "memory");
+#endif
+}
 
 // Starts the copy of 16 bytes from global to shared memory, both 16-byte aligned (cp.async).
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global) {

@@ -41,7 +41,7 @@ __device__ __forceinline__ const T* row_embeddings(const T* embedding, Shape sha
   } else {
     T* tile = isa::dynamic_shared<T>();
     for (int i = threadIdx.x * Count; i < shape.modalities * shape.width; i += kThreads * Count)
-      if (mask >> (i / shape.width) & 1) store(tile + i, load<Count>(embedding + i));
+      if (mask >> (i / shape.width) & 1) isa::store_shared(tile + i, load<Count>(embedding + i));
     __syncthreads();
     return tile;
   }

@@ -59,12 +59,15 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Copies `count` elements between places of which both are 16-byte aligned.
-template <class T>
+// Copies `count` elements to shared memory (`ToShared`) or to global memory; both places are 16-byte aligned.
+template <bool ToShared, class T>
 __device__ __forceinline__ void copy(const T* in, T* out, int count) {
   constexpr int kCount = kPerAccess<T>;
   const int whole = count / kCount * kCount;
-  for (int i = threadIdx.x * kCount; i < whole; i += kThreads * kCount) store(out + i, load<kCount>(in + i));
+  for (int i = threadIdx.x * kCount; i < whole; i += kThreads * kCount) {
+    if constexpr (ToShared) isa::store_shared(out + i, load<kCount>(in + i));
+    else store(out + i, load<kCount>(in + i));
+  }
   for (int i = whole + threadIdx.x; i < count; i += kThreads) out[i] = in[i];
 }
 
@@ -167,11 +170,11 @@ struct Rows {
     class_weight = all_weights;
     if constexpr (InTile) {
       T* tile = isa::dynamic_shared<T>();
-      copy(logits, tile, count * shape.classes);
+      copy<true>(logits, tile, count * shape.classes);
       logits = tile;
       if (all_weights != nullptr) {
         T* weights = tile + kTileRows<T> * shape.classes;
-        copy(all_weights, weights, shape.classes);
+        copy<true>(all_weights, weights, shape.classes);
         class_weight = weights;
       }
       __syncthreads();
@@ -350,7 +353,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   if constexpr (InTile) {
     __syncthreads();
-    copy(rows.logits, grad_logits + rows.first * shape.classes, rows.count * shape.classes);
+    copy<false>(rows.logits, grad_logits + rows.first * shape.classes, rows.count * shape.classes);
   }
 }
 

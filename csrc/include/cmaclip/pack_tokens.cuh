@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kScanWarps* kWarp, 1)
       const int last = part.values[kTotals / kWarp - 1], earlier = warp_scan(last, lane) - last;
 #pragma unroll
       for (int i = 0; i < kTotals / kWarp; ++i) part.values[i] += earlier;
-      store(totals + lane * (kTotals / kWarp), part);
+      isa::store_shared(totals + lane * (kTotals / kWarp), part);
     }
     __syncthreads();
 #pragma unroll

@@ -186,8 +186,8 @@ __device__ __forceinline__ void store_rows(T* tile, int row, const float (&sum)[
   for (int n = 0; n < Size / 8; ++n) {
     T* upper = tile + Tile::element(row + lane / 4, n * 8 + lane % 4 * 2);
     T* lower = tile + Tile::element(row + 8 + lane / 4, n * 8 + lane % 4 * 2);
-    store(upper, Pack<T, 2>{{from_float<T>(sum[n][0]), from_float<T>(sum[n][1])}});
-    store(lower, Pack<T, 2>{{from_float<T>(sum[n][2]), from_float<T>(sum[n][3])}});
+    isa::store_shared(upper, Pack<T, 2>{{from_float<T>(sum[n][0]), from_float<T>(sum[n][1])}});
+    isa::store_shared(lower, Pack<T, 2>{{from_float<T>(sum[n][2]), from_float<T>(sum[n][3])}});
   }
   __syncwarp();
   for (int i = lane; i < kRowsPerWarp * Tile::kChunks; i += kWarp) {
