@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from cmaclip_fast.ops import autocast, checks, dispatch
+from cmaclip_fast.ops import autocast, checks, derivatives, dispatch, reference
 
 
 def pack_tokens(
@@ -56,9 +56,8 @@ def pack_tokens(
         arguments.check("type_embedding", type_embedding, "2, D", (text.dtype,), like="text")
     if capacity is not None and capacity < 0:
         raise ValueError(f"capacity must be at least 0, but is {capacity}")
-    return torch.ops.cmaclip.pack_tokens(
-        text, image, text_lengths.to(torch.int32), present, type_embedding, capacity, dispatch.requested(backend)
-    )
+    run, backend = derivatives.entry("pack_tokens", _forward, backend, text, image, type_embedding)
+    return run(text, image, text_lengths.to(torch.int32), present, type_embedding, capacity, backend)
 
 
 library.define(
@@ -75,7 +74,6 @@ library.define(
 )
 
 
-@library.impl("cmaclip::pack_tokens", "default")
 def _forward(
     text: Tensor,
     image: Tensor,
@@ -95,6 +93,9 @@ def _forward(
         None if type_embedding is None else type_embedding.contiguous(),
         capacity,
     )
+
+
+library.impl("cmaclip::pack_tokens", "default", _forward)
 
 
 @library.impl("cmaclip::pack_tokens_backward", "default")
@@ -184,3 +185,4 @@ def _autograd(ctx: Any, grad_packed: Tensor | None, _: None) -> tuple[Tensor | N
 
 
 library.register_autograd("cmaclip::pack_tokens", _autograd, setup_context=_setup_context)
+derivatives.register_second("pack_tokens", reference.pack_tokens_backward)
