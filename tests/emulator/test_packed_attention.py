@@ -120,6 +120,37 @@ def test_large_scores_do_not_overflow(kernels: Load) -> None:
     run(kernels, [40, 7], [140, 7], size=32, grow=100, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("cancelling", [False, True])
+def test_delta_is_exact_beside_what_it_is_the_sum_of(kernels: Load, cancelling: bool, dtype: torch.dtype) -> None:
+    """Its terms may cancel, so that no bound beside the sum itself can hold: a rounding each, beside their sizes."""
+    lengths = [2, 2, 0, 2], [45, 1, 3, 0]
+    q, k, v = inputs(*lengths, 2, 64, dtype)
+    call = Attention(kernels, q, k, v, *lengths, causal=True, orders=FORWARD)
+    out, grad_out = call.forward()[0], torch.randn(q.shape).to(dtype)
+    terms = (grad_out.double() * out.double()).permute(1, 0, 2)
+    grad_lse = terms.sum(-1).float() if cancelling else torch.randn(2, len(q))
+    error = (call.delta(grad_out, grad_lse, out).double() - (terms.sum(-1) - grad_lse.double())).abs()
+    # a lane's elements one after another, the lanes in a tree, and the gradient of the log-sum-exp
+    per_lane = 16 // dtype.itemsize
+    depth = per_lane + (128 // per_lane).bit_length()
+    assert (error <= depth * rule.UNIT * (terms.abs().sum(-1) + grad_lse.abs())).all()
+    if cancelling:
+        assert (error[:, 0] > 100 * rule.UNIT * (terms.sum(-1) - grad_lse.double())[:, 0].abs()).any()
+
+
+@pytest.mark.parametrize("lengths", [[127], [197], [70, 2]], ids=str)
+def test_float32_keeps_the_rule_where_tensor_cores_truncate(kernels: Load, lengths: list[int], monkeypatch) -> None:
+    monkeypatch.setenv("CMACLIP_EMULATOR_MMA", "truncate")
+    run(kernels, lengths, lengths, size=64, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_keep_the_rule_where_tensor_cores_truncate(kernels: Load, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setenv("CMACLIP_EMULATOR_MMA", "truncate")
+    run(kernels, [130, 2], [70, 18], dtype=dtype)
+
+
 def test_nan_stays_in_its_query(kernels: Load) -> None:
     q, k, v = inputs([4, 4], [4, 4], 1, 32, torch.float16)
     q[1] = torch.nan
