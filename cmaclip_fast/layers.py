@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from cmaclip_fast.layouts import linear
 from cmaclip_fast.ops import derivatives, dispatch, epilogue, packed_attention
@@ -279,8 +279,8 @@ def _run_layers(
         wanted = queries if index == len(layers) - 1 else None
         if checkpointing and torch.is_grad_enabled():
             # what is computed again runs where it ran: the backward pass may be on another thread, or after the block
-            contexts = {} if torch.compiler.is_compiling() else {"context_fn": _same_backend()}
-            x = checkpoint(layer, x, rows, causal, wanted, use_reentrant=False, **contexts)
+            contexts = noop_context_fn if torch.compiler.is_compiling() else _same_backend()
+            x = checkpoint(layer, x, rows, causal, wanted, use_reentrant=False, context_fn=contexts)
         else:
             x = layer(x, rows, causal, wanted)
     return x

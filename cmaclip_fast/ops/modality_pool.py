@@ -44,8 +44,8 @@ def modality_pool(
         raise ValueError(f"embeddings must have 1 to {MAX_MODALITIES} modalities, but has {embeddings.shape[1]}")
     if weight.shape[0] > MAX_TASKS:
         raise ValueError(f"weight must have at most {MAX_TASKS} tasks, but has {weight.shape[0]}")
-    run, backend = derivatives.entry("modality_pool", _forward, backend, embeddings, weight)
-    return run(embeddings, weight, present, backend)
+    call, backend = derivatives.entry("modality_pool", _forward, backend, embeddings, weight)
+    return call(embeddings, weight, present, backend)
 
 
 library.define(

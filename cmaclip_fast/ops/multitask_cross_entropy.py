@@ -54,8 +54,8 @@ def multitask_cross_entropy(
         arguments.check("class_weight", class_weight, "C", (logits.dtype,), like="logits")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be 0 to 1, but is {label_smoothing}")
-    run, backend = derivatives.entry("multitask_cross_entropy", _forward, backend, logits, class_weight)
-    return run(logits, labels, offsets.to(torch.int32), class_weight, label_smoothing, backend)[0]
+    call, backend = derivatives.entry("multitask_cross_entropy", _forward, backend, logits, class_weight)
+    return call(logits, labels, offsets.to(torch.int32), class_weight, label_smoothing, backend)[0]
 
 
 library.define(

@@ -56,8 +56,8 @@ def pack_tokens(
         arguments.check("type_embedding", type_embedding, "2, D", (text.dtype,), like="text")
     if capacity is not None and capacity < 0:
         raise ValueError(f"capacity must be at least 0, but is {capacity}")
-    run, backend = derivatives.entry("pack_tokens", _forward, backend, text, image, type_embedding)
-    return run(text, image, text_lengths.to(torch.int32), present, type_embedding, capacity, backend)
+    call, backend = derivatives.entry("pack_tokens", _forward, backend, text, image, type_embedding)
+    return call(text, image, text_lengths.to(torch.int32), present, type_embedding, capacity, backend)
 
 
 library.define(

@@ -72,8 +72,8 @@ def packed_attention(
         raise ValueError("q must have a head size of at least 1, and cu_seqlens_q at least one element")
     if scale is None:
         scale = q.shape[2] ** -0.5
-    run, backend = derivatives.entry("packed_attention", _forward, backend, q, k, v)
-    return run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, backend)
+    call, backend = derivatives.entry("packed_attention", _forward, backend, q, k, v)
+    return call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, backend)
 
 
 library.define(

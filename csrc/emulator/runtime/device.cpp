@@ -164,9 +164,9 @@ float element(uint32_t pair, int half, Mma kind) {
   return kind == Mma::f16 ? half_to_float(bits) : bfloat16_to_float(bits);
 }
 
-// A float accumulator plus products, as tensor cores of the A100 were found to add them (Fasi et al., "Numerical
-// behavior of NVIDIA tensor cores", 2021): all terms are cut, toward zero, to one bit more than a float has beside the
-// largest of them, and so is their sum to a float.
+// A float accumulator plus products, without rounding, as tensor cores were found to add them (Fasi et al., "Numerical
+// behavior of NVIDIA tensor cores", 2021): all terms are cut toward zero beside the largest of them, and so is their sum
+// to a float. That terms keep one bit more than a float has is a choice; GPUs differ in it.
 float truncated_sum(float accumulator, const double* products, int count) {
   double exact = accumulator, most = std::fabs(exact);
   for (int k = 0; k < count; ++k) {
