@@ -22,7 +22,7 @@ from cmaclip_fast.ops import reference
 # In units of the dtype's epsilon, times the largest true value: what the order of a sum may cost.
 FLOOR = {torch.float32: 8.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 # Scores up to this size are well-conditioned.
-ORDINARY = 16.0
+ORDINARY = 8.0
 # Every backend takes scores, exponentials and sums in float32.
 UNIT = torch.finfo(torch.float32).eps / 2
 
