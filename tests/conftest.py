@@ -13,6 +13,7 @@ import hypothesis
 import pytest
 import threadpoolctl
 import torch
+
 from cmaclip_fast import env
 
 # tests/mutants puts changed copies of the kernels in their place.
