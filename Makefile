@@ -1,5 +1,7 @@
 # make demo     install, train on the embedded data, print the results and the path of the report
 # make test     install, then check style and types and run all tests
+# make test-avx2      run the tests of the operators and the model as a processor with AVX2 alone would
+# make test-avx2-all  run all tests so
 # make results  train three seeds and write docs/results.md
 # make compare  build the emoji data, train all systems on two data sets, three seeds each, and write docs/tables
 # make studies  train longer, with damaged texts, with pretrained towers, and in 28 languages, and write docs/tables
@@ -22,9 +24,13 @@ RATES := --try learning_rate=2e-3,tower_learning_rate=2e-3 --try learning_rate=5
 LANGUAGES := --by language --rows 4096 --test-rows 2800 --seeds 0 --systems cma-clip,clip,embracenet,bert
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.installed-bench
+# -v undoes the -q of pyproject.toml: the header says which instruction sets the numbers come from
+PYTEST := $(BIN)/python -m pytest -v
+# what each library reads: our extension, PyTorch, MKL (on Intel), oneDNN, and NumPy, which Triton's interpreter uses
+AVX2 := CMACLIP_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: install demo results emoji towers compare studies tables test mutants bench gpu lint clean
+.PHONY: install demo results emoji towers compare studies tables test test-avx2 test-avx2-all mutants bench gpu lint clean
 
 install: $(INSTALLED)
 
@@ -74,7 +80,13 @@ tables: install
 	$(BIN)/python -m benchmarks.kernel_tables
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-avx2: install
+	$(AVX2) $(PYTEST) tests/ops tests/interpret tests/model -m 'not slow' -k 'not every_instruction_set'
+
+test-avx2-all: install
+	$(AVX2) $(PYTEST)
 
 mutants: install
 	$(BIN)/python tests/mutants/run.py

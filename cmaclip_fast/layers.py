@@ -8,7 +8,7 @@ product needs for its weights' gradient, are computed again from what went into 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from cmaclip_fast.layouts import linear
-from cmaclip_fast.ops import epilogue, packed_attention
+from cmaclip_fast.ops import derivatives, dispatch, epilogue, packed_attention
 
 _VALUES_AT_ONCE = 1_250_000
 """Values of packed tokens that go through all layers together on a CPU without gradients, 32 images of ViT-B-32: with
@@ -278,10 +278,17 @@ def _run_layers(
     for index, layer in enumerate(layers):
         wanted = queries if index == len(layers) - 1 else None
         if checkpointing and torch.is_grad_enabled():
-            x = checkpoint(layer, x, rows, causal, wanted, use_reentrant=False)
+            # what is computed again runs where it ran: the backward pass may be on another thread, or after the block
+            contexts = noop_context_fn if torch.compiler.is_compiling() else _same_backend()
+            x = checkpoint(layer, x, rows, causal, wanted, use_reentrant=False, context_fn=contexts)
         else:
             x = layer(x, rows, causal, wanted)
     return x
+
+
+def _same_backend() -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+    backend = dispatch.decided(dispatch.requested(None))
+    return lambda: (nullcontext(), dispatch.use_backend(backend))
 
 
 def recomputing_linear(
@@ -290,7 +297,9 @@ def recomputing_linear(
     """`linear(function(x), weight, bias)`, whose backward pass computes `function(x)` again instead of keeping it."""
     if function is None:
         return linear(x, weight, bias)
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or derivatives.looked_into(x, weight):
+        return linear(function(x), weight, bias)
+    if dispatch.decided(dispatch.requested(None)) == "reference":
         return linear(function(x), weight, bias)
     parameters = tuple(function.parameters()) if isinstance(function, nn.Module) else ()
     return cast(Tensor, _RecomputingLinear.apply(function, x, weight, bias, *parameters))
@@ -313,7 +322,7 @@ class _RecomputingLinear(torch.autograd.Function):
         return F.linear(function(x), weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @derivatives.once("recomputing_linear")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *parameters = ctx.saved_tensors
         _, need_x, need_weight, need_bias, *need_parameters = ctx.needs_input_grad

@@ -8,10 +8,12 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -28,21 +30,26 @@ _DTYPES = {
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
 
-_in_use: list[str] = []
+# One entry for each `use_backend` block that this thread or task is inside of, the innermost last.
+_in_use: ContextVar[tuple[list[str], ...]] = ContextVar("cmaclip_backend", default=())
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator inside the `with` block on one backend: `auto`, `reference`, `cpp`, `triton` or `cuda`.
 
-    Holds for the whole process; a `backend=` argument goes before it, the variable `CMACLIP_BACKEND` after it.
+    Holds for the thread, or the asyncio task, that entered the block; a thread that is started inside it begins without
+    (`contextvars.copy_context().run` takes it along). A `backend=` argument goes before it, the environment variable
+    `CMACLIP_BACKEND` after it.
     """
     _check_name(name, "use_backend")
-    _in_use.append(name)
+    block = [name]
+    _in_use.set((*_in_use.get(), block))
     try:
         yield
     finally:
-        _in_use.pop()
+        # not reset by a token: a generator may leave its block after its caller entered another, or in another thread
+        _in_use.set(tuple(other for other in _in_use.get() if other is not block))
 
 
 def available_backends(device: torch.device | str = "cpu", operator: str = "modality_pool") -> dict[str, str | None]:
@@ -56,7 +63,8 @@ def requested(backend: str | None) -> str:
     if backend is not None:
         _check_name(backend, "backend")
         return backend
-    return _in_use[-1] if _in_use else ""
+    blocks = _in_use.get()
+    return blocks[-1][0] if blocks else ""
 
 
 def implementation(
@@ -66,30 +74,32 @@ def implementation(
 
     `cannot` names backends that this call's shapes rule out, each with the reason.
     """
-    return _implementation(operator, direction, _decided(backend), tensor.device.type, tensor.dtype, cannot)
+    return _implementation(operator, direction, decided(backend), tensor.device.type, tensor.dtype, cannot)
 
 
 def uses_cpp() -> bool:
     """Whether the CPU's compiled code is to run, by `use_backend` and `CMACLIP_BACKEND`, and the extension loads."""
-    return _decided(requested(None)) in ("auto", "cpp") and extension_missing() is None
+    return decided(requested(None)) in ("auto", "cpp") and extension_missing() is None
 
 
 def straight_to_cpp(backend: str | None, *tensors: Tensor) -> bool:
     """Whether nothing stands between a call and the CPU's compiled code, so that the dispatcher may be left out.
 
     Python's part of an operator takes longer than the compiled code of a small one. The dispatcher stays in for
-    gradients, autocast, tracing, subclasses of tensors, dispatch modes, and the checks that `CMACLIP_DEBUG` asks for.
+    gradients, autocast, tracing, subclasses of tensors, dispatch modes, `torch.func`, and the checks that
+    `CMACLIP_DEBUG` asks for.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return False
-    if torch.is_autocast_enabled("cpu") or is_in_torch_dispatch_mode() or debug():
+    if torch.is_autocast_enabled("cpu") or is_in_torch_dispatch_mode() or get_interpreter_stack() or debug():
         return False
-    if _decided(requested(backend)) not in ("auto", "cpp") or extension_missing() is not None:
+    if decided(requested(backend)) not in ("auto", "cpp") or extension_missing() is not None:
         return False
     return all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors)
 
 
-def _decided(backend: str) -> str:
+def decided(backend: str) -> str:
+    """The backend that was asked for, where "" leaves it to the environment variable `CMACLIP_BACKEND`."""
     if not backend:
         backend = os.environ.get("CMACLIP_BACKEND", "auto")
         _check_name(backend, "the environment variable CMACLIP_BACKEND")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
-from cmaclip_fast.ops import dispatch
+from cmaclip_fast.ops import derivatives, dispatch
 
 
 def takes(*tensors: Tensor | None) -> bool:
@@ -23,6 +23,7 @@ def takes(*tensors: Tensor | None) -> bool:
         and all(x is not None and x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
         and not torch.is_autocast_enabled("cpu")
         and dispatch.uses_cpp()
+        and not derivatives.looked_into(*tensors)
     )
 
 
@@ -70,7 +71,7 @@ class _BiasGeluLinear(torch.autograd.Function):
         return F.linear(activated, weight, output_bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @derivatives.once("bias_gelu_linear")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, weight = ctx.saved_tensors
         need_x, need_bias, need_weight, need_output_bias, _ = ctx.needs_input_grad
@@ -93,6 +94,5 @@ class _AddBranch(torch.autograd.Function):
         return branch
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, grad, grad.sum(0) if ctx.needs_input_grad[2] else None

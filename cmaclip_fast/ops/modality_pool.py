@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from cmaclip_fast.ops import autocast, checks, dispatch, reference
+from cmaclip_fast.ops import autocast, checks, derivatives, dispatch, reference
 
 MAX_MODALITIES = 8
 MAX_TASKS = 1024
@@ -44,7 +44,8 @@ def modality_pool(
         raise ValueError(f"embeddings must have 1 to {MAX_MODALITIES} modalities, but has {embeddings.shape[1]}")
     if weight.shape[0] > MAX_TASKS:
         raise ValueError(f"weight must have at most {MAX_TASKS} tasks, but has {weight.shape[0]}")
-    return torch.ops.cmaclip.modality_pool(embeddings, weight, present, dispatch.requested(backend))
+    call, backend = derivatives.entry("modality_pool", _forward, backend, embeddings, weight)
+    return call(embeddings, weight, present, backend)
 
 
 library.define(
@@ -60,11 +61,13 @@ library.define(
 )
 
 
-@library.impl("cmaclip::modality_pool", "default")
 def _forward(embeddings: Tensor, weight: Tensor, present: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     checks.not_nan(weight=weight)
     run = dispatch.implementation("modality_pool", "forward", backend, embeddings)
     return run(embeddings.contiguous(), weight.contiguous(), present.contiguous())
+
+
+library.impl("cmaclip::modality_pool", "default", _forward)
 
 
 @library.impl("cmaclip::modality_pool_backward", "default")
@@ -129,3 +132,4 @@ def _autograd(
 
 
 library.register_autograd("cmaclip::modality_pool", _autograd, setup_context=_setup_context)
+derivatives.register_second("modality_pool", reference.modality_pool_backward)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from cmaclip_fast.ops import autocast, checks, dispatch, reference
+from cmaclip_fast.ops import autocast, checks, derivatives, dispatch, reference
 
 
 def multitask_cross_entropy(
@@ -54,9 +54,8 @@ def multitask_cross_entropy(
         arguments.check("class_weight", class_weight, "C", (logits.dtype,), like="logits")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be 0 to 1, but is {label_smoothing}")
-    return torch.ops.cmaclip.multitask_cross_entropy(
-        logits, labels, offsets.to(torch.int32), class_weight, label_smoothing, dispatch.requested(backend)
-    )[0]
+    call, backend = derivatives.entry("multitask_cross_entropy", _forward, backend, logits, class_weight)
+    return call(logits, labels, offsets.to(torch.int32), class_weight, label_smoothing, backend)[0]
 
 
 library.define(
@@ -73,7 +72,6 @@ library.define(
 )
 
 
-@library.impl("cmaclip::multitask_cross_entropy", "default")
 def _forward(
     logits: Tensor,
     labels: Tensor,
@@ -98,6 +96,9 @@ def _forward(
     if checked and bool(found[0].isnan().any()):
         _check_labels(labels, offsets)
     return found
+
+
+library.impl("cmaclip::multitask_cross_entropy", "default", _forward)
 
 
 @library.impl("cmaclip::multitask_cross_entropy_backward", "default")
@@ -189,3 +190,22 @@ def _autograd(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
 
 
 library.register_autograd("cmaclip::multitask_cross_entropy", _autograd, setup_context=_setup_context)
+
+
+def _plain_backward(
+    grad_loss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    offsets: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    lse: Tensor,
+    weight_sum: Tensor,
+) -> Tensor:
+    # the log-sum-exp is no output that has a gradient, but it depends on the logits
+    given = (logits, labels, offsets, class_weight, label_smoothing)
+    _, lse, weight_sum = reference.multitask_cross_entropy_forward(*given)
+    return reference.multitask_cross_entropy_backward(grad_loss, *given, lse, weight_sum)
+
+
+derivatives.register_second("multitask_cross_entropy", _plain_backward)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from cmaclip_fast.ops import autocast, checks, dispatch
+from cmaclip_fast.ops import autocast, checks, derivatives, dispatch, reference
 
 
 def pack_tokens(
@@ -59,10 +59,8 @@ def pack_tokens(
         arguments.check("type_embedding", type_embedding, "2, D", (text.dtype,), like="text")
     if capacity is not None and capacity < 0:
         raise ValueError(f"capacity must be at least 0, but is {capacity}")
-    return torch.ops.cmaclip.pack_tokens(
-        *(text, image, starts.to(torch.int32), counts.to(torch.int32)),
-        *(type_embedding, capacity, dispatch.requested(backend)),
-    )
+    call, backend = derivatives.entry("pack_tokens", _forward, backend, text, image, type_embedding)
+    return call(text, image, starts.to(torch.int32), counts.to(torch.int32), type_embedding, capacity, backend)
 
 
 def unpad(
@@ -98,7 +96,6 @@ library.define(
 )
 
 
-@library.impl("cmaclip::pack_tokens", "default")
 def _forward(
     text: Tensor,
     image: Tensor,
@@ -114,6 +111,9 @@ def _forward(
         *(text.contiguous(), image.contiguous(), starts.contiguous(), counts.contiguous()),
         *(None if type_embedding is None else type_embedding.contiguous(), capacity),
     )
+
+
+library.impl("cmaclip::pack_tokens", "default", _forward)
 
 
 @library.impl("cmaclip::pack_tokens_backward", "default")
@@ -185,3 +185,4 @@ def _autograd(ctx: Any, grad_packed: Tensor | None, _: None) -> tuple[Tensor | N
 
 
 library.register_autograd("cmaclip::pack_tokens", _autograd, setup_context=_setup_context)
+derivatives.register_second("pack_tokens", reference.pack_tokens_backward)

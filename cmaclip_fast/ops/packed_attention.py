@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from cmaclip_fast.ops import autocast, checks, dispatch, reference
+from cmaclip_fast.ops import autocast, checks, derivatives, dispatch, reference
 
 # The largest that csrc/cuda/packed_attention_launch.h compiles.
 CUDA_HEAD_SIZE = 128
@@ -72,9 +72,8 @@ def packed_attention(
         raise ValueError("q must have a head size of at least 1, and cu_seqlens_q at least one element")
     if scale is None:
         scale = q.shape[2] ** -0.5
-    return torch.ops.cmaclip.packed_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, dispatch.requested(backend)
-    )
+    call, backend = derivatives.entry("packed_attention", _forward, backend, q, k, v)
+    return call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, backend)
 
 
 library.define(
@@ -92,7 +91,6 @@ library.define(
 )
 
 
-@library.impl("cmaclip::packed_attention", "default")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -112,6 +110,9 @@ def _forward(
     q, k, v = (_last_contiguous(x) for x in (q, k, v))
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     return run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal)
+
+
+library.impl("cmaclip::packed_attention", "default", _forward)
 
 
 @library.impl("cmaclip::packed_attention_backward", "default")
@@ -205,6 +206,7 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 library.register_autograd("cmaclip::packed_attention", _autograd, setup_context=_setup_context)
+derivatives.register_second("packed_attention", reference.packed_attention_backward)
 
 
 def _cannot(q: Tensor) -> tuple[tuple[str, str], ...]:

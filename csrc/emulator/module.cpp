@@ -5,9 +5,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <string_view>
 
 #include "runtime/machine.h"
 
@@ -114,6 +116,10 @@ class PyLibrary {
     launch.image = &image_;
     const std::vector<std::vector<char>> storage = convert(function, arguments);
     for (const std::vector<char>& bytes : storage) launch.arguments.push_back(const_cast<char*>(bytes.data()));
+    const char* asked = std::getenv("CMACLIP_EMULATOR_MMA");
+    const std::string_view mma = asked == nullptr ? "round" : asked;
+    if (mma != "round" && mma != "truncate") throw std::invalid_argument("CMACLIP_EMULATOR_MMA is round or truncate");
+    machine.mma_truncates = mma == "truncate";
     machine.run(launch);
     return results(machine);
   }

@@ -138,16 +138,19 @@ class Attention:
         self._launch("forward", (len(items), self.heads), 32 * warps, arguments, shared)
         return to_tensor(out, self.dtype), torch.from_numpy(lse)
 
+    def delta(self, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor) -> Tensor:
+        delta = nan_like((self.heads, self.tokens_q), torch.float32)
+        grid = (ceil_div(self.tokens_q * 8 * grad_out.element_size(), 128), self.heads)
+        arguments = [to_numpy(out), to_numpy(grad_out), None if grad_lse is None else to_numpy(grad_lse), delta]
+        self._launch("backward_delta", grid, 128, arguments)
+        return torch.from_numpy(delta)
+
     def backward(
         self, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        element = grad_out.element_size()
-        delta = nan_like((self.heads, self.tokens_q), torch.float32)
         grad, given_lse = to_numpy(grad_out), to_numpy(lse)
-        grid = (ceil_div(self.tokens_q * 8 * element, 128), self.heads)
-        arguments = [to_numpy(out), grad, None if grad_lse is None else to_numpy(grad_lse), delta]
-        self._launch("backward_delta", grid, 128, arguments)
-        most = most_grad_warps(element, self.size)
+        delta = self.delta(grad_out, grad_lse, out).numpy()
+        most = most_grad_warps(grad_out.element_size(), self.size)
         grads = [
             nan_like((tokens, self.heads, self.size), self.dtype) for tokens in (self.tokens_q, *2 * (self.tokens_k,))
         ]

@@ -116,6 +116,39 @@ def test_mma_is_matmul(kernels: Load, name: str) -> None:
     run_mma(kernels("numerics"), name, isa_layouts(MMA[name][0]))
 
 
+# A product, how many of them, and 1 plus these: each is cut to multiples of 2^-24, the sum to those of 2^-23.
+@pytest.mark.parametrize(
+    ("term", "count", "result"),
+    [
+        (0.25, 8, 3.0),
+        (2.0**-24, 8, 1 + 2.0**-21),
+        (1.5 * 2.0**-24, 8, 1 + 2.0**-21),
+        (2.0**-25, 8, 1.0),
+        (-(2.0**-25), 8, 1.0),
+        (3 * 2.0**-24, 1, 1 + 2.0**-23),
+        (-(2.0**-24), 1, 1 - 2.0**-24),
+    ],
+)
+@pytest.mark.parametrize("name", MMA)
+def test_mma_that_truncates(kernels: Load, name: str, term: float, count: int, result: float, monkeypatch) -> None:
+    monkeypatch.setenv("CMACLIP_EMULATOR_MMA", "truncate")
+    depth, to_bits, _ = MMA[name]
+    a, b = np.zeros((16, depth), np.float32), np.zeros((8, depth), np.float32)
+    a[:, :count], b[:, :count] = 2.0**-12, term * 2.0**12
+    layouts = isa_layouts(depth)
+    accumulator = np.ones((32, 4), np.float32)
+    fragments = [to_bits(x).T.reshape(-1)[layouts[n]] for x, n in ((a, "a"), (b, "b"))]
+    arguments = [*(np.ascontiguousarray(x).view(np.uint32) for x in fragments), accumulator]
+    kernels("numerics").launch(f"mma_{name}", 1, 32, arguments).check()
+    np.testing.assert_array_equal(accumulator, np.full((32, 4), result, np.float32))
+
+
+def test_mma_rounds_or_truncates(kernels: Load, monkeypatch) -> None:
+    monkeypatch.setenv("CMACLIP_EMULATOR_MMA", "up")
+    with pytest.raises(ValueError, match="CMACLIP_EMULATOR_MMA is round or truncate"):
+        run_mma(kernels("numerics"), "half", isa_layouts(16))
+
+
 @pytest.mark.parametrize("name", MMA)
 def test_mma_fragments_are_cutes(kernels: Load, cute: Layouts, name: str) -> None:
     run_mma(kernels("numerics"), name, {operand: cute[f"mma_{name}", operand] for operand in "abc"})

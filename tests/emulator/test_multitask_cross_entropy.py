@@ -7,7 +7,8 @@ import torch
 
 from cmaclip_fast.ops import reference
 
-from .arrays import DTYPES, Load, assert_close, ends, nan_like, to_numpy, to_tensor
+from .. import rule
+from .arrays import DTYPES, Load, ends, nan_like, to_numpy, to_tensor
 from .emulate import module
 from .loss import BLOCK_THREADS, PLANS, Loss, Shape
 
@@ -21,8 +22,21 @@ SHAPES = [(1, [1], False, 0.0), (9, [2, 33, 7], True, 0.1), (5, [19, 61, 12], Fa
 def test_values_and_gradients(
     kernels: Load, shape: tuple[int, list[int], bool, float], plan: str, dtype: torch.dtype
 ) -> None:
+    run(kernels, shape, plan, dtype)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("shift", [-3e4, 3e4])
+def test_logits_far_from_zero(kernels: Load, plan: str, shift: float) -> None:
+    run(kernels, (5, [19, 61, 12], True, 0.3), plan, torch.float32, shift)
+
+
+def run(
+    kernels: Load, shape: tuple[int, list[int], bool, float], plan: str, dtype: torch.dtype, shift: float = 0.0
+) -> None:
+    """Forward and backward on the emulator, each held against float64."""
     rows, classes, weighted, smoothing = shape
-    logits = (torch.randn(rows, sum(classes)) * 3).to(dtype)
+    logits = (torch.randn(rows, sum(classes)) * 3 + shift).to(dtype)
     labels = torch.stack([torch.randint(0, count, (rows,)) for count in classes], dim=1)
     labels = torch.where(torch.rand(labels.shape) < 0.7, labels, -1)
     # A task without labels, but for the smallest shape.
@@ -35,15 +49,18 @@ def test_values_and_gradients(
     plain = reference.multitask_cross_entropy_forward(logits, *given)
     wide = (labels, offsets, None if weight is None else weight.double(), smoothing)
     exact = reference.multitask_cross_entropy_forward(logits.double(), *wide)
-    for result, plain_result, exact_result in zip(results, plain, exact, strict=True):
-        assert_close(result, plain_result, exact_result, torch.float32)
+    grad_loss = torch.randn(len(classes))
+    of_loss, of_logits = rule.cross_entropy(grad_loss, logits, *given)
+    for name, *judged, bound in zip(
+        ("loss", "lse", "weight_sum"), results, plain, exact, (of_loss, None, None), strict=True
+    ):
+        rule.judge(name, *judged, torch.float32, bound)
     assert len(classes) == 1 or results[0][-1] == 0
 
-    grad_loss = torch.randn(len(classes))
     grad_logits = loss.backward(grad_loss, *plain[1:])
     plain_grad = reference.multitask_cross_entropy_backward(grad_loss, logits, *given, *plain[1:])
     exact_grad = reference.multitask_cross_entropy_backward(grad_loss.double(), logits.double(), *wide, *exact[1:])
-    assert_close(grad_logits, plain_grad, exact_grad, dtype)
+    rule.judge("gradient of logits", grad_logits, plain_grad, exact_grad, dtype, of_logits)
     assert not grad_logits.isnan().any()
 
 

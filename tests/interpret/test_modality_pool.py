@@ -31,6 +31,13 @@ def test_strided_inputs():
     check(modality_pool_case(3, 2, 9, 4), "triton", torch.float32, transform=spread)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_scores(dtype):
+    case = modality_pool_case(9, 4, 64, 5)
+    case.arguments["embeddings"] *= 300
+    check(case, "triton", dtype)
+
+
 def test_absent_modalities_are_never_used():
     case = modality_pool_case(6, 3, 9, 4)
     case.arguments["embeddings"][~case.arguments["present"]] = torch.nan

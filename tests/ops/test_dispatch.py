@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -58,6 +64,125 @@ def test_the_block_ends_after_an_error():
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
     assert dispatch.requested(None) == ""
+
+
+threads = pytest.mark.tried("threads", ends="each thread or task has its own backend")
+
+
+@threads
+def test_a_block_holds_for_its_thread():
+    """Four threads, each in blocks of its own at the same time, and one that is in none."""
+    inside = threading.Barrier(5)
+
+    def run(name: str) -> list[str]:
+        found = [dispatch.requested(None)]
+        with use_backend(name) if name else nullcontext():
+            inside.wait(10)
+            found.append(dispatch.requested(None))
+            with use_backend("auto"):
+                inside.wait(10)
+                found.append(dispatch.requested(None))
+            inside.wait(10)
+            found.append(dispatch.requested(None))
+        inside.wait(10)
+        return [*found, dispatch.requested(None)]
+
+    names = ["reference", "cpp", "triton", "cuda", ""]
+    with use_backend("reference"), ThreadPoolExecutor(5) as pool:
+        results = list(pool.map(run, names))
+        assert dispatch.requested(None) == "reference"
+    assert results == [["", name, "auto", name, ""] for name in names]
+
+
+@threads
+def test_operators_in_threads_run_on_their_own_backends(ran):
+    def run(name: str) -> None:
+        with use_backend(name):
+            for _ in range(20):
+                call().backward()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, ["reference", "auto"]))
+    assert sorted(ran) == sorted(
+        20 * [f"{way} {name}" for way in ("forward", "backward") for name in ("reference", "auto")]
+    )
+
+
+@threads
+def test_a_thread_may_be_given_the_blocks_around_it():
+    with use_backend("reference"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(contextvars.copy_context().run, dispatch.requested, None).result() == "reference"
+
+
+@threads
+def test_a_backward_on_another_thread_uses_the_backend_of_its_forward(ran):
+    with use_backend("reference"):
+        loss = call()
+    with use_backend("auto"), ThreadPoolExecutor(1) as pool:
+        pool.submit(loss.backward).result()
+    assert ran == ["forward reference", "backward reference"]
+
+
+@threads
+def test_a_block_holds_for_its_task():
+    async def run(name: str) -> list[str]:
+        found = []
+        with use_backend(name):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                found.append(dispatch.requested(None))
+        return [*found, dispatch.requested(None)]
+
+    async def main() -> list[list[str]]:
+        with use_backend("auto"):
+            return await asyncio.gather(run("reference"), run("cpp"))
+
+    assert asyncio.run(main()) == [["reference"] * 3 + ["auto"], ["cpp"] * 3 + ["auto"]]
+    assert dispatch.requested(None) == ""
+
+
+@threads
+def test_generators_leave_their_own_blocks():
+    """A generator's block lasts as long as it does, in whatever order and on whatever thread it is left."""
+
+    def produce(name: str) -> Iterator[str]:
+        with use_backend(name):
+            yield dispatch.requested(None)
+
+    first, second = produce("reference"), produce("cpp")
+    assert (next(first), next(second)) == ("reference", "cpp")
+    first.close()
+    assert dispatch.requested(None) == "cpp"
+    with use_backend("triton"):
+        second.close()
+        assert dispatch.requested(None) == "triton"
+    assert dispatch.requested(None) == ""
+    other = produce("reference")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(next, other).result() == "reference"
+    other.close()
+    assert dispatch.requested(None) == ""
+
+
+def test_a_block_as_decorator(ran):
+    @use_backend("reference")
+    def run():
+        call()
+        return dispatch.requested(None)
+
+    assert (run(), run(), dispatch.requested(None)) == ("reference", "reference", "")
+    assert ran == ["forward reference"] * 2
+
+
+def test_compiled_code_follows_the_block(ran):
+    case = modality_pool_case(2, 2, 4, 3).tensors(torch.float32)
+    compiled = torch.compile(lambda: modality_pool(**case)[0], backend="eager", fullgraph=True)
+    torch.compiler.reset()
+    compiled()
+    with use_backend("reference"):
+        compiled()
+    compiled()
+    assert ran == [f"forward {name}" for name in ("auto", "reference", "auto")]
 
 
 def test_unknown_names(monkeypatch):

@@ -6,21 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import QuickGELU
-from support import FLOOR
 from torch import Tensor, nn
 
 from cmaclip_fast.layers import Rows, layer_of
 from cmaclip_fast.ops import dispatch, epilogue, use_backend
+from tests.rule import judge
 
 pytestmark = pytest.mark.skipif(dispatch.extension_missing() is not None, reason="the extension is not built")
 ACTIVATIONS = {"gelu": nn.GELU(), "quick_gelu": QuickGELU()}
 SHAPES = [(1, 1), (3, 5), (7, 16), (33, 77), (64, 512)]
-
-
-def judge(found: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """The error is at most twice that of plain PyTorch in float32, plus what the order of a sum may cost."""
-    floor = FLOOR[torch.float32] * torch.finfo(torch.float32).eps * exact.abs().max()
-    assert (found.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max() + floor
 
 
 def inputs(rows: int, width: int, scale: float) -> list[Tensor]:
@@ -51,11 +45,11 @@ def test_activation_and_product_cpp(name: str, shape: tuple[int, int], scale: fl
         output.backward(upstream.to(output.dtype))
         results.append([output.detach(), *(leaf.grad for leaf in leaves)])
     for found, same_dtype, truth in zip(*results, strict=True):
-        judge(found, same_dtype, truth)
+        judge(name, found, same_dtype, truth, torch.float32)
     x, bias = given[0].clone(), given[1]
     with torch.no_grad():
         assert epilogue.bias_gelu_(x, bias, quick) is x
-        judge(x, activation(given[0] + bias), activation(given[0].double() + bias.double()))
+        judge(name, x, activation(given[0] + bias), activation(given[0].double() + bias.double()), torch.float32)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -73,7 +67,7 @@ def test_residual_sum_cpp(shape: tuple[int, int]) -> None:
     with torch.no_grad():
         taken = branch.clone()
         assert epilogue.add_branch(x, taken, bias) is taken
-        judge(taken, x + branch + bias, exact)
+        judge("sum", taken, x + branch + bias, exact, torch.float32)
     leaves = [tensor.clone().requires_grad_() for tensor in (x, branch, bias)]
     # a branch is what a product gives, not a leaf
     output = epilogue.add_branch(leaves[0], leaves[1] * 1, leaves[2])

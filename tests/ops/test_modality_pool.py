@@ -61,6 +61,15 @@ def test_nan_and_large_scores_show(backend):
     assert torch.equal(weights[1], torch.tensor([[1.0, 0.0]]))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_large_scores(backend, dtype, shared):
+    case = modality_pool_case(9, 4, 64, 5, shared)
+    case.arguments["embeddings"] *= 300
+    check(case, backend, dtype)
+
+
 def test_gradcheck():
     case = modality_pool_case(4, 3, 5, 2).tensors(torch.float64)
     embeddings, weight = case["embeddings"].requires_grad_(), case["weight"].requires_grad_()

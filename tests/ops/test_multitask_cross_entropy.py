@@ -44,6 +44,14 @@ def test_strided_inputs(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shift", [-3e4, 3e4])
+def test_logits_far_from_zero(backend, shift):
+    case = multitask_cross_entropy_case(6, [3, 40, 200], weighted=True, label_smoothing=0.5)
+    case.arguments["logits"] += shift
+    check(case, backend, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 def test_same_as_separate_losses(backend, weighted, label_smoothing):

@@ -164,8 +164,28 @@ float element(uint32_t pair, int half, Mma kind) {
   return kind == Mma::f16 ? half_to_float(bits) : bfloat16_to_float(bits);
 }
 
+// A float accumulator plus products, without rounding, as tensor cores were found to add them (Fasi et al., "Numerical
+// behavior of NVIDIA tensor cores", 2021): all terms are cut toward zero beside the largest of them, and so is their sum
+// to a float. That terms keep one bit more than a float has is a choice; GPUs differ in it.
+float truncated_sum(float accumulator, const double* products, int count) {
+  double exact = accumulator, most = std::fabs(exact);
+  for (int k = 0; k < count; ++k) {
+    exact += products[k];
+    most = std::max(most, std::fabs(products[k]));
+  }
+  if (most == 0 || !std::isfinite(exact)) return static_cast<float>(exact);
+  const auto cut = [](double value, int bits, double beside) {
+    const int last = std::ilogb(beside) - bits + 1;
+    return std::ldexp(std::trunc(std::ldexp(value, -last)), last);
+  };
+  double sum = cut(accumulator, 25, most);
+  for (int k = 0; k < count; ++k) sum += cut(products[k], 25, most);
+  return sum == 0 ? 0 : static_cast<float>(cut(sum, 24, sum));
+}
+
 // PTX ISA, matrix fragments for mma.m16n8k16 (16-bit) and mma.m16n8k8 (tf32), with group = lane / 4, member = lane % 4.
-// Products are exact; their sum is rounded to float once, which no order of the hardware's own sums beats.
+// Products are exact. Their sum is rounded to float once, which no order of the hardware's own sums beats; or, if
+// CMACLIP_EMULATOR_MMA=truncate asks for it, cut as tensor cores do (`truncated_sum`).
 void finish_mma(const Collective& collective) {
   const Mma kind = static_cast<MmaData*>(collective.data[0])->kind;
   Totals& totals = machine().totals;
@@ -203,8 +223,15 @@ void finish_mma(const Collective& collective) {
   for (int lane = 0; lane < 32; ++lane) {
     float* accumulator = static_cast<MmaData*>(collective.data[lane])->accumulator;
     for (int i = 0; i < 4; ++i) {
-      const double sum = sums[lane / 4 + 8 * (i >> 1)][2 * (lane % 4) + (i & 1)];
-      accumulator[i] = static_cast<float>(static_cast<double>(accumulator[i]) + sum);
+      const int row = lane / 4 + 8 * (i >> 1), column = 2 * (lane % 4) + (i & 1);
+      if (machine().mma_truncates) {
+        double products[16];
+        for (int k = 0; k < depth; ++k) products[k] = static_cast<double>(a[row][k]) * b[k][column];
+        for (int k = 0; k < depth; k += depth / 2)
+          accumulator[i] = truncated_sum(accumulator[i], products + k, depth / 2);
+        continue;
+      }
+      accumulator[i] = static_cast<float>(static_cast<double>(accumulator[i]) + sums[row][column]);
     }
   }
 }

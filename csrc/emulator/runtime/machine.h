@@ -119,6 +119,8 @@ class Machine {
   // Collectives that lanes reached at two sites: a fault unless both are one line that the compiler doubled.
   std::vector<Finding> doubtful;
   Totals totals;
+  // Whether `mma` cuts its sums as tensor cores do, instead of rounding them once.
+  bool mma_truncates = false;
   std::vector<SiteCounts> site_counts;
   std::vector<uint32_t> sites;
 

@@ -80,7 +80,9 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4]
     for (int i = 0; i < 4; ++i) split(left[i], a[i]);
     split(right[0], b0);
     split(right[1], b1);
-    // The least products first; those beyond the last part are too small to count.
+    // The least products first; those beyond the last part are too small to count. Tensor cores truncate, which adds up
+    // over a long sum: so this slice is summed by itself, and added to the rest by an addition that rounds.
+    float slice[4] = {};
 #pragma unroll
     for (int both = Parts - 1; both >= 0; --both) {
 #pragma unroll
@@ -88,9 +90,11 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4]
         const int of_a = both - of_b;
         const uint32_t a_part[4] = {left[0][of_a], left[1][of_a], left[2][of_a], left[3][of_a]};
         const uint32_t b_part[2] = {right[0][of_b], right[1][of_b]};
-        isa::mma_m16n8k8_tf32(sum, a_part, b_part);
+        isa::mma_m16n8k8_tf32(slice, a_part, b_part);
       }
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += slice[i];
   } else {
     const uint32_t b[2] = {b0, b1};
     isa::mma_m16n8k16<T>(sum, a, b);
