@@ -81,7 +81,7 @@ class ImagePreprocessing(BaseModel):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 in 0 to 255, or float in 0 to 1, `[..., 3, H, W]`, to the float tensor that the tower reads."""
-        mean, std = torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
+        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
         unit = pixels.float().div_(255).sub_(mean) if pixels.dtype == torch.uint8 else pixels - mean
         return unit.div_(std)
 
