@@ -103,10 +103,10 @@ class Classifier:
             InputError: the folder is missing, incomplete, damaged, or not of this version's format; an unknown device
                 or precision.
         """
-        placed = choose_device(device)
-        choose_dtype(precision, placed)  # an error before the weights are read
-        folder = Path(directory)
-        system, columns = load_model(folder, placed), load_config(folder).columns
+        placed, folder = choose_device(device), Path(directory)
+        # what the engine converts stays off the GPU
+        as_it_is = choose_dtype(precision, placed) == torch.float32
+        system, columns = load_model(folder, placed if as_it_is else "cpu"), load_config(folder).columns
         thresholds = _load_thresholds(folder / THRESHOLDS)
         return cls(system, device=placed, precision=precision, columns=columns, thresholds=thresholds)
 
