@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cmaclip_fast.errors import InputError
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -22,7 +24,12 @@ def evaluation_copy(
     Args:
         device: None keeps each tensor's. Tensors that are elsewhere are copied, and their later changes not seen.
         dtype: the same for floating-point tensors.
+
+    Raises:
+        InputError: a part in training mode was given a `forward` that is bound to it and cannot be copied.
     """
+    for name, part in module.named_modules():
+        _check_forward(name, part)
     # deepcopy takes what is in `memo` as it is instead of copying it
     memo: dict[int, Any] = {}
     for part in module.modules():
@@ -37,6 +44,15 @@ def evaluation_copy(
     for buffer in module.buffers():
         memo[id(buffer)] = _moved(buffer, device, dtype)
     return copy.deepcopy(module, memo).eval()
+
+
+def _check_forward(name: str, part: nn.Module) -> None:
+    forward = vars(part).get("forward")
+    if part.training and forward is not None and getattr(forward, "__self__", None) is not part:
+        raise InputError(
+            f"the forward of '{name or type(part).__name__}' was replaced, and would run in training mode: "
+            "call eval() on the model, or unwrap it (in accelerate: unwrap_model)"
+        )
 
 
 def _moved(tensor: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:

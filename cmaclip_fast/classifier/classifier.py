@@ -159,7 +159,8 @@ class Classifier:
             return answers
         schema = output_schema(pa.schema([]), self.tasks)
         frame = pa.Table.from_pylist([flatten(row) for row in answers], schema=schema).to_pandas()
-        return frame.set_index(pairs.index)
+        frame.index = pairs.index
+        return frame
 
     def predict_proba(
         self,

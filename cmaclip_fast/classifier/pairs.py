@@ -69,6 +69,9 @@ def as_pairs(images: Any, texts: Any, image: str | None, text: str | None) -> Pa
     elif _library("pandas", "DataFrame", images) or _library("datasets", "Dataset", images):
         raise InputError(f"{_kind(images)} and texts: name the column of texts by text=, instead of giving texts")
     forms = _form(images, is_picture), _form(texts, is_text)
+    images, texts = (
+        _iterable(side) if form == "list" else side for side, form in zip((images, texts), forms, strict=True)
+    )
     if None in forms:
         side, given = ("images", images) if forms[0] is None else ("texts", texts)
         raise InputError(f"{side}: a {_kind(given)} holds no pairs: {FORMS}")
@@ -104,6 +107,11 @@ def _form(value: Any, is_one: Any) -> Form | None:
     if hasattr(value, "__len__") and hasattr(value, "__getitem__"):
         return "list"
     return "stream" if hasattr(value, "__iter__") else None
+
+
+def _iterable(sequence: Any) -> Any:
+    """A sequence that can be iterated over, be it one that has but `__len__` and `__getitem__`."""
+    return sequence if hasattr(sequence, "__iter__") else [sequence[index] for index in range(len(sequence))]
 
 
 def is_absent(value: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from cmaclip_fast.data.named import Taxonomy
+from cmaclip_fast.errors import InputError
 from cmaclip_fast.taxonomy import task_probabilities
 from cmaclip_fast.types import IMAGE, TEXT, Output
 
@@ -52,7 +53,11 @@ def read_output(
 
 
 def output_schema(keys: pa.Schema, tasks: dict[str, list[str]]) -> pa.Schema:
-    """The columns of a file of predictions: the key columns, then five for each task."""
+    """The columns of a file of predictions: the key columns, then five for each task.
+
+    Raises:
+        InputError: columns of two tasks have the same name.
+    """
     fields = list(keys)
     for task in tasks:
         fields += [
@@ -62,6 +67,9 @@ def output_schema(keys: pa.Schema, tasks: dict[str, list[str]]) -> pa.Schema:
             pa.field(f"{task}_text_weight", pa.float32()),
             pa.field(f"{task}_image_weight", pa.float32()),
         ]
+    names = [field.name for field in fields[len(keys) :]]
+    if repeated := [task for task in tasks if names.count(task) > 1]:
+        raise InputError(f"task '{repeated[0]}' has the name of another task's output column: rename it")
     return pa.schema(fields)
 
 

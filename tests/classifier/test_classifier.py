@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
-from cmaclip_fast import Batch, Classifier, InputError
+from cmaclip_fast import Batch, Classifier, InputError, create_model
 from cmaclip_fast.artifact import DataColumns, save_model
 from cmaclip_fast.cost import forward_flops
 from cmaclip_fast.data import Columns, Examples, read_table
@@ -27,7 +28,7 @@ from cmaclip_fast.modes import evaluation_copy
 
 from ..cli.conftest import write_data
 from ..systems.conftest import NAMES, make, make_batch
-from .conftest import TASKS, TEXTS, make_model, make_pictures, make_resnet, same_state, state
+from .conftest import TASKS, TEXTS, make_model, make_pictures, make_resnet, make_tokenizer, same_state, state
 from .test_inputs import close, encoded
 
 tried = pytest.mark.tried
@@ -334,6 +335,25 @@ def test_options_that_cannot_be(options: dict[str, Any], said: str, folder: Path
     for make_one in (lambda: Classifier(make_model(), **options), lambda: Classifier.load(folder, **options)):
         with pytest.raises(InputError, match=said):
             make_one()
+
+
+@tried("call from Python", ends="one line; right answers once in evaluation mode")
+def test_a_forward_that_would_run_in_training_mode() -> None:
+    model = make_model()
+    expected = Classifier(model).predict(make_pictures(), TEXTS)
+    own = model.forward
+    model.forward = lambda *inputs, **options: own(*inputs, **options)  # as accelerate does for mixed precision
+    with pytest.raises(InputError, match="forward of 'CMACLIP' was replaced"):
+        Classifier(model)
+    assert Classifier(model.eval()).predict(make_pictures(), TEXTS) == expected
+
+
+@tried("call from Python", ends="one line")
+def test_tasks_whose_columns_have_one_name() -> None:
+    tasks = {"cut": ["a", "b"], "cut_top": ["c", "d"]}
+    model = create_model("tiny", tasks, tokenizer=make_tokenizer(), image_size=32, width=32, heads=2)
+    with pytest.raises(InputError, match="task 'cut_top' has the name"):
+        Classifier(model).predict(pd.DataFrame({"title": ["red"]}), text="title")
 
 
 def test_a_classifier_is_made_from_a_system() -> None:

@@ -42,6 +42,16 @@ class HasArray:
         return self._values
 
 
+class Indexed(torch.utils.data.Dataset):
+    """Pairs, without an error behind the last."""
+
+    def __len__(self) -> int:
+        return len(TEXTS)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return make_pictures()[index % len(TEXTS)], TEXTS[index % len(TEXTS)]
+
+
 def encoded(picture: Image.Image, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, kind)
@@ -232,6 +242,7 @@ SEQUENCES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "arrays of objects": lambda: (_objects(make_pictures()), np.array(TEXTS, dtype=object)),
     "Series": lambda: (pd.Series(make_pictures(), index=range(7, 0, -1)), pd.Series(TEXTS)),
     "pairs": lambda: (list(zip(*pairs(), strict=True)),),
+    "a data set of PyTorch": lambda: (Indexed(),),
     "lists of two": lambda: ([list(pair) for pair in zip(*pairs(), strict=True)],),
 }
 
