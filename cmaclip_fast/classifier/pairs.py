@@ -69,8 +69,10 @@ def as_pairs(images: Any, texts: Any, image: str | None, text: str | None) -> Pa
     elif _library("pandas", "DataFrame", images) or _library("datasets", "Dataset", images):
         raise InputError(f"{_kind(images)} and texts: name the column of texts by text=, instead of giving texts")
     forms = _form(images, is_picture), _form(texts, is_text)
+    # data sets of PyTorch may have items by number alone
     images, texts = (
-        _iterable(side) if form == "list" else side for side, form in zip((images, texts), forms, strict=True)
+        side if form != "list" or hasattr(side, "__iter__") else _Indexed(side)
+        for side, form in ((images, forms[0]), (texts, forms[1]))
     )
     if None in forms:
         side, given = ("images", images) if forms[0] is None else ("texts", texts)
@@ -109,9 +111,17 @@ def _form(value: Any, is_one: Any) -> Form | None:
     return "stream" if hasattr(value, "__iter__") else None
 
 
-def _iterable(sequence: Any) -> Any:
-    """A sequence that can be iterated over, be it one that has but `__len__` and `__getitem__`."""
-    return sequence if hasattr(sequence, "__iter__") else [sequence[index] for index in range(len(sequence))]
+class _Indexed:
+    """A sequence of which only the length and the items by number are known."""
+
+    def __init__(self, items: Any) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self._items[number] for number in range(len(self)))
 
 
 def is_absent(value: Any) -> bool:
