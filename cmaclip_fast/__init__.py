@@ -5,7 +5,17 @@ from cmaclip_fast.types import AttentionMaps, Batch, Output
 
 __version__ = "0.1.0"
 
-__all__ = ["CMACLIP", "AttentionMaps", "Batch", "InputError", "Output", "System", "create_model", "create_system"]
+__all__ = [
+    "CMACLIP",
+    "AttentionMaps",
+    "Batch",
+    "Classifier",
+    "InputError",
+    "Output",
+    "System",
+    "create_model",
+    "create_system",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -14,6 +24,10 @@ def __getattr__(name: str) -> object:
         from cmaclip_fast import model
 
         return getattr(model, name)
+    if name == "Classifier":
+        from cmaclip_fast.classifier.classifier import Classifier
+
+        return Classifier
     if name in ("System", "create_system"):
         from cmaclip_fast import systems
         from cmaclip_fast.systems.base import System

@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
-from cmaclip_fast.artifact import CONFIG, WEIGHTS, load_model, partial_directory
+from cmaclip_fast.artifact import CONFIG, WEIGHTS, partial_directory
+from cmaclip_fast.classifier.classifier import Classifier
+from cmaclip_fast.classifier.prediction import flatten, output_schema, read_output
 from cmaclip_fast.data.check import RowPolicy, tally, usable_rows
 from cmaclip_fast.data.examples import Examples
 from cmaclip_fast.data.kept import KeptPictures
@@ -28,10 +30,7 @@ from cmaclip_fast.data.table import Table
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import run
 from cmaclip_fast.files import check_output_file, note_settings
-from cmaclip_fast.layouts import lay_out
-from cmaclip_fast.prediction import Prediction, output_schema, read_output
 from cmaclip_fast.progress import rate_bar
-from cmaclip_fast.systems.base import System
 
 Engine = Literal["local", "ray"]
 
@@ -98,9 +97,8 @@ class Labeller:
     def __init__(self, bulk: BulkRun) -> None:
         self._bulk = bulk
         self._device = bulk.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._model: System = load_model(bulk.model, self._device)
+        self._model = Classifier.load(bulk.model, self._device).engine
         self._schema = output_schema(pa.schema([]), self._model.tasks)
-        lay_out(self._model.parameters())
 
     def label(self, start: int, stop: int) -> Part:
         """
@@ -146,7 +144,7 @@ class Labeller:
         records: list[dict[str, Any]] = []
         if examples is not None:
             for batch, result in run(self._model, examples, self._bulk.batch_size, self._device):
-                records += map(_flatten, read_output(result, self._model.tasks, self._model.taxonomies))
+                records += map(flatten, read_output(result, self._model.tasks, self._model.taxonomies))
                 note(len(batch))
         return Part(start, rows, pa.Table.from_pylist(records, schema=self._schema), dict(counts))
 
@@ -325,14 +323,3 @@ def _join(parts: list[Path], schema: pa.Schema, bulk: BulkRun) -> dict[str, int]
     finally:
         temporary.unlink(missing_ok=True)
     return dict(counts)
-
-
-def _flatten(row: dict[str, Prediction]) -> dict[str, Any]:
-    record: dict[str, Any] = {}
-    for task, prediction in row.items():
-        record[task] = prediction.label
-        record[f"{task}_probability"] = prediction.probability
-        record[f"{task}_top"] = [{"label": label, "probability": p} for label, p in prediction.top]
-        record[f"{task}_text_weight"] = prediction.text_weight
-        record[f"{task}_image_weight"] = prediction.image_weight
-    return record

@@ -21,11 +21,11 @@ from cmaclip_fast.errors import InputError
 
 if TYPE_CHECKING:
     from cmaclip_fast.artifact import ArtifactConfig
+    from cmaclip_fast.classifier.engine import Engine
     from cmaclip_fast.data.examples import Examples
     from cmaclip_fast.data.named import Columns, Taxonomy
     from cmaclip_fast.data.table import Table
     from cmaclip_fast.evaluation import Classified
-    from cmaclip_fast.systems.base import System
 
 app = typer.Typer(
     help="Classify image-text pairs with CMA-CLIP: train, compare, evaluate, predict, explain.",
@@ -732,24 +732,16 @@ def _options(
 
 
 def _device(name: str) -> str:
-    import torch
+    from cmaclip_fast.classifier.engine import choose_device
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: unknown: pass auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        seen = torch.cuda.device_count()
-        raise InputError(f"--device {name}: PyTorch sees {seen} GPUs: run `cmaclip env`, or pass --device cpu")
-    return name
+    return str(choose_device(name))
 
 
-def _load(directory: Path, device: str) -> tuple[System, ArtifactConfig]:
-    from cmaclip_fast.artifact import load_config, load_model
+def _load(directory: Path, device: str) -> tuple[Engine, ArtifactConfig]:
+    from cmaclip_fast.artifact import load_config
+    from cmaclip_fast.classifier.classifier import Classifier
 
-    return load_model(directory, _device(device)), load_config(directory)
+    return Classifier.load(directory, device).engine, load_config(directory)
 
 
 @dataclass(frozen=True)
@@ -827,7 +819,7 @@ class Source:
 
 
 def _examples(
-    model: System, table: Table, unknown: Literal["error", "ignore"], tasks: list[str] | None = None
+    model: Engine, table: Table, unknown: Literal["error", "ignore"], tasks: list[str] | None = None
 ) -> Examples:
     from cmaclip_fast.data.examples import Examples
     from cmaclip_fast.data.files import near

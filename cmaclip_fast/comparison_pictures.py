@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cmaclip_fast.report import ExampleView
+from cmaclip_fast.report import ExampleView, relevant_token
 
 CAPTION_WIDTH = 24
 
@@ -20,14 +20,14 @@ def draw_attention(views: Sequence[ExampleView], path: Path) -> None:
 
     Nothing is drawn if no row has such a map.
     """
-    shown = [view for view in views if view.token_to_patch is not None and view.image is not None]
+    shown = [view for view in views if relevant_token(view) is not None and view.image is not None]
     if not shown:
         return
     figure = Figure(figsize=(1.9 * len(shown), 4.4), layout="constrained")
     axes = figure.subplots(2, len(shown), squeeze=False)
     for column, view in enumerate(shown):
-        token = most_relevant_token(view)
-        assert view.token_to_patch is not None and view.image is not None
+        token = relevant_token(view)
+        assert token is not None and view.token_to_patch is not None and view.image is not None
         for row in range(2):
             axes[row, column].imshow(view.image)
             axes[row, column].set_axis_off()
@@ -40,11 +40,3 @@ def draw_attention(views: Sequence[ExampleView], path: Path) -> None:
         axes[1, column].set_title(view.tokens[token], fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-
-
-def most_relevant_token(view: ExampleView) -> int:
-    """The token that the text's global one attends to most, the start and end tokens left out."""
-    relevance = view.text_global_to_token
-    assert relevance is not None
-    inner = range(1, len(relevance) - 1) if len(relevance) > 2 else range(len(relevance))
-    return max(inner, key=lambda token: float(relevance[token]))

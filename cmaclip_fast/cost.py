@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from cmaclip_fast.modes import evaluation_copy
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.types import Batch
 
@@ -31,8 +32,7 @@ def parameters(system: System) -> dict[str, int]:
 def forward_flops(system: System, batch: Batch) -> float:
     """Floating-point operations of classifying one pair, the mean over a batch: products of matrices, convolutions and
     attention, an addition and a multiplication counted as two."""
-    was_training = system.training
-    system.eval()
+    system = evaluation_copy(system)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     # the fused layers of inference are one operator, which no counter sees into
     torch.backends.mha.set_fastpath_enabled(False)
@@ -45,5 +45,4 @@ def forward_flops(system: System, batch: Batch) -> float:
             system(batch)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        system.train(was_training)
     return counter.get_total_flops() / len(batch)

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmaclip_fast.data.examples import Examples, make_loader
+from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.metrics import TaskMetrics, task_metrics
-from cmaclip_fast.systems.base import System
+from cmaclip_fast.modes import evaluation_copy
 from cmaclip_fast.taxonomy import task_probabilities
 from cmaclip_fast.types import Batch, Output
 
 VIEWS: dict[str, dict[str, bool]] = {"both": {}, "text alone": {"image": False}, "image alone": {"text": False}}
 """What the model is given of each row: both modalities, or one with the other hidden (see `Batch.keep`)."""
+
+
+class Runs(Protocol):
+    """What is run: a `System`, or the engine of a `Classifier`."""
+
+    @property
+    def tasks(self) -> dict[str, list[str]]: ...
+
+    @property
+    def taxonomies(self) -> Sequence[Taxonomy]: ...
+
+    def __call__(self, batch: Batch, with_attention: bool = False) -> Output: ...
 
 
 @dataclass
@@ -69,7 +83,7 @@ class Classified:
 
 
 def classify(
-    model: System,
+    model: Runs,
     examples: Examples,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
@@ -104,7 +118,7 @@ def classify(
 
 @torch.inference_mode()
 def run(
-    model: System,
+    model: Runs,
     examples: Examples,
     batch_size: int,
     device: torch.device | str,
@@ -112,14 +126,13 @@ def run(
     description: str | None = None,
     with_attention: bool = False,
 ) -> Iterator[tuple[Batch, Output]]:
-    """Runs the model in evaluation mode over the rows, a batch at a time, and restores its mode."""
-    was_training = model.training
-    model.eval()
+    """Runs the model over the rows, a batch at a time; a system in evaluation mode, without changing its own mode."""
+    is_system = isinstance(model, nn.Module)
+    if isinstance(model, nn.Module):
+        model = evaluation_copy(model)
     loader = make_loader(examples, batch_size, shuffle=False)
-    batches = loader if description is None else track(loader, description, len(loader), transient=True)
-    try:
-        for batch in batches:
-            batch = batch.keep(**VIEWS[view]).to(device)
-            yield batch, model(batch, with_attention) if with_attention else model(batch)
-    finally:
-        model.train(was_training)
+    for batch in loader if description is None else track(loader, description, len(loader), transient=True):
+        batch = batch.keep(**VIEWS[view])
+        if is_system:  # an engine copies the batch itself
+            batch = batch.to(device)
+        yield batch, model(batch, with_attention) if with_attention else model(batch)

@@ -6,29 +6,36 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from cmaclip_fast.classifier.engine import Engine
+from cmaclip_fast.classifier.prediction import Prediction, read_output
 from cmaclip_fast.data.examples import Examples
 from cmaclip_fast.data.table import Table
 from cmaclip_fast.evaluation import run
-from cmaclip_fast.prediction import Prediction, read_output
 from cmaclip_fast.report import ExampleView
 from cmaclip_fast.report import Prediction as PredictionView
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.towers import HuggingFaceTextTower
-from cmaclip_fast.types import AttentionMaps, Batch
+from cmaclip_fast.types import Batch, Output
 
 
-def explain(model: System, table: Table) -> list[ExampleView]:
+def explain(model: System | Engine, table: Table) -> list[ExampleView]:
     """Predictions, modality weights and attention maps of the rows of a table.
 
     The maps are the last layer's that reads text and image together, averaged over heads; a system without such a
     layer, or whose image tokens are no grid of patches, has none.
     """
-    examples = Examples(table, _known_tasks(model, table), model.preprocessing, model.tokenizer, unknown="ignore")
-    device = next(model.parameters()).device
+    system = model.module if isinstance(model, Engine) else model
+    examples = Examples(table, _known_tasks(system, table), system.preprocessing, system.tokenizer, unknown="ignore")
+    device = next(system.parameters()).device
     views: list[ExampleView] = []
     for batch, output in run(model, examples, 32, device, with_attention=True):
-        for index, predictions in enumerate(read_output(output, model.tasks, model.taxonomies)):
-            views.append(_view(model, table, len(views), batch, index, predictions, output.attention))
+        for index, predictions in enumerate(read_output(output, system.tasks, system.taxonomies)):
+            row = len(views)
+            picture, text = _seen(system, table, row), table.text(row)
+            view = row_view(system, batch, output, index, predictions, picture, text)
+            view.row = table.row_number(row)
+            view.key = " ".join(str(value) for value in table.keys(row).values() if value is not None)
+            views.append(view)
     return views
 
 
@@ -36,22 +43,28 @@ def _known_tasks(model: System, table: Table) -> dict[str, list[str]]:
     return {task: names for task, names in model.tasks.items() if task in table.columns.tasks}
 
 
-def _view(
+def row_view(
     model: System,
-    table: Table,
-    row: int,
     batch: Batch,
+    output: Output,
     index: int,
     predictions: dict[str, Prediction],
-    attention: AttentionMaps | None,
+    picture: Image.Image | None,
+    text: str | None,
 ) -> ExampleView:
-    keys = [str(value) for value in table.keys(row).values() if value is not None]
+    """What there is to show of a row of a batch.
+
+    Args:
+        index: of the row in the batch.
+        picture: as the image tower sees it, which is what the patches cover.
+    """
     labels = {task: int(values[index]) for task, values in batch.labels.items()}
+    attention = output.attention
     view = ExampleView(
-        row=table.row_number(row),
-        key=" ".join(keys),
-        image=_seen(model, table, row),
-        text=table.text(row),
+        row=index + 1,
+        key="",
+        image=picture,
+        text=text,
         predictions={
             task: PredictionView(
                 label=model.tasks[task][labels[task]] if labels.get(task, -1) >= 0 else None,

@@ -124,6 +124,7 @@ class CMACLIP(System):
     """
 
     Config = ModelConfig
+    system = "cma-clip"
     title = "CMA-CLIP"
     config: ModelConfig
 
@@ -192,7 +193,9 @@ class CMACLIP(System):
             embedding, attention = self._fuse(text, image, batch.present, capacity, with_attention)
         else:
             embedding = towers
-        embedding = self.norm(embedding) * batch.present[..., None]
+        # what stands for an absent side may be anything, NaN too, which a product with 0 would keep
+        there = batch.present[..., None]
+        embedding = self.norm(torch.where(there, embedding, 0)) * there
         if not self.config.modality_attention:
             both = embedding.flatten(1)
             return Output(self.classify(self.heads, both), None, embedding, towers, attention)
@@ -237,7 +240,7 @@ class CMACLIP(System):
     ) -> tuple[Tensor, AttentionMaps | None]:
         """Sequence-wise attention over both: its two global tokens, `[B, 2, D]`.
 
-        Where a modality is absent its place holds some other token, for the caller to hide.
+        Where a modality is absent its place holds another token of the row, if there is one, for the caller to hide.
         """
         counts = torch.stack([text.counts, image.counts], dim=1) * present
         # with a capacity, what is behind the last row belongs to none
@@ -254,12 +257,14 @@ class CMACLIP(System):
 
         first = torch.zeros_like(text_counts)
         position = first if self.text_tower.global_first else (text_counts - 1).clamp(min=0)
-        index = torch.stack([rows.starts + position, rows.starts + text_counts], dim=1).clamp(max=total - 1)
+        index = torch.stack([rows.starts + position, rows.starts + text_counts], dim=1)
+        last = (rows.cu_seqlens[1:] - 1).clamp(min=0)
+        index = torch.minimum(index, last[:, None])
         queries = Queries(index.flatten().long(), Rows.equal(len(present), 2, index.device))
-        embedding = self.sequence_attention(packed, rows, queries).view(len(present), 2, -1)
         if not with_attention:
-            return embedding, None
-        return embedding, AttentionMaps(self.sequence_attention.last_weights(packed, rows), text_counts.long())
+            return self.sequence_attention(packed, rows, queries).view(len(present), 2, -1), None
+        embedding, weights = self.sequence_attention.forward_with_weights(packed, rows, queries)
+        return embedding.view(len(present), 2, -1), AttentionMaps(weights, text_counts.long())
 
 
 # how many tokens come out depends on values, so this stands between compiled graphs

@@ -75,10 +75,16 @@ class SequenceAttention(nn.Module):
         layers = [cast(SequenceLayer, layer).layer() for layer in self.layers]
         return run_layers(layers, packed, rows, queries=queries, checkpointing=self.checkpointing)
 
-    def last_weights(self, packed: Tensor, rows: Rows) -> list[Tensor]:
-        """The last layer's attention, averaged over heads: one `[n, n]` a row (queries, keys)."""
+    def forward_with_weights(
+        self, packed: Tensor, rows: Rows, queries: Queries | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `forward`, and the last layer's attention, averaged over heads and without gradients: one `[n, n]` a row
+        (queries, keys)."""
         *before, last = (cast(SequenceLayer, layer) for layer in self.layers)
-        return last.attention_weights(run_layers([layer.layer() for layer in before], packed, rows), rows)
+        x = run_layers([layer.layer() for layer in before], packed, rows, checkpointing=self.checkpointing)
+        with torch.no_grad():
+            weights = last.attention_weights(x, rows)
+        return run_layers([last.layer()], x, rows, queries=queries, checkpointing=self.checkpointing), weights
 
 
 class Projection(nn.Linear):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.layers import Layer, Queries, Rows, layer_of, run_layers
+from cmaclip_fast.modes import evaluation_copy
 from cmaclip_fast.ops import unpad
 
 
@@ -169,14 +170,14 @@ class TimmImageTower(nn.Module):
         super().__init__()
         self.visual = visual
         self.grid: tuple[int, int] | None = None
-        was_training = visual.training
         with torch.no_grad():
-            visual.eval()
-            self.width = self(torch.zeros(1, 3, *visual.image_size)).shape[-1]
-        visual.train(was_training)
+            self.width = self._tokens(evaluation_copy(visual), torch.zeros(1, 3, *visual.image_size)).shape[-1]
 
     def forward(self, images: Tensor) -> Tensor:
-        trunk = self.visual.trunk
+        return self._tokens(self.visual, images)
+
+    def _tokens(self, visual: TimmModel, images: Tensor) -> Tensor:
+        trunk = visual.trunk
         # convolutions on the CPU are faster with the channels last
         features = trunk.forward_features(images.contiguous(memory_format=torch.channels_last))
         if features.ndim == 4:
@@ -188,7 +189,7 @@ class TimmImageTower(nn.Module):
             self.grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
         pooled = (
             tokens.mean(1)
-            if "pool" in dict(self.visual.head.named_children())
+            if "pool" in dict(visual.head.named_children())
             else trunk.forward_head(features, pre_logits=True)
         )
         return torch.cat([pooled[:, None], tokens], dim=1)

@@ -16,6 +16,9 @@ from torchvision.transforms.v2 import functional as F
 _RESIZE_MODES = {"squash": "squash", "shortest": "shortest-crop", "longest": "longest-pad"}
 """open_clip's names for the ways to make a picture square, and ours."""
 
+_LONGEST = 256
+"""How many times as long as it is wide a picture is resized whole, before its middle is cut out."""
+
 Triple = tuple[float, float, float]
 
 
@@ -81,7 +84,7 @@ class ImagePreprocessing(BaseModel):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 in 0 to 255, or float in 0 to 1, `[..., 3, H, W]`, to the float tensor that the tower reads."""
-        mean, std = torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
+        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
         unit = pixels.float().div_(255).sub_(mean) if pixels.dtype == torch.uint8 else pixels - mean
         return unit.div_(std)
 
@@ -94,9 +97,16 @@ class ImagePreprocessing(BaseModel):
         if self.resize_mode == "squash":
             return F.resize(image, [self.size, self.size], mode)
         if self.resize_mode == "shortest-crop":
-            return F.center_crop(F.resize(image, [self.size], mode), [self.size, self.size])
+            return F.center_crop(F.resize(_middle(image), [self.size], mode), [self.size, self.size])
         ratio = max(image.size) / self.size
         width, height = (max(1, round(side / ratio)) for side in image.size)
         left, top = (self.size - width) // 2, (self.size - height) // 2
         padding = [left, top, self.size - width - left, self.size - height - top]
         return F.pad(F.resize(image, [height, width], mode), padding, fill=list(self.background_rgb))
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """A picture without the ends that the crop would cut off, if they would take many times its memory to resize."""
+    width, height = image.size
+    cut = [max(0, side - _LONGEST * min(width, height)) // 2 for side in (width, height)]
+    return image.crop((cut[0], cut[1], width - cut[0], height - cut[1])) if any(cut) else image

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +22,6 @@ from cmaclip_fast.modules import Projection, SequenceAttention, TaskHead
 from cmaclip_fast.pretrained import HuggingFaceText, TimmImage
 from cmaclip_fast.towers import image_tower, text_tower
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from cmaclip_fast.prediction import Prediction
-
-Loaded = TypeVar("Loaded", bound="System")
 
 
 class System(nn.Module):
@@ -148,35 +140,6 @@ class System(nn.Module):
             elif isinstance(module, HFTextEncoder):
                 switch = "gradient_checkpointing_enable" if enabled else "gradient_checkpointing_disable"
                 getattr(module.transformer, switch)()
-
-    def predict(
-        self, images: Sequence[Image | str | Path | None], texts: Sequence[str | None], batch_size: int = 64
-    ) -> list[dict[str, Prediction]]:
-        """Labels pairs, each a picture (or its path) and a text; either may be None.
-
-        Returns:
-            For each pair, for each task, its label, probability, five best classes and modality weights.
-
-        Raises:
-            InputError: unequal numbers of images and texts, an unreadable image, or a pair with neither.
-        """
-        from cmaclip_fast.prediction import predict_pairs
-
-        return predict_pairs(self, images, texts, batch_size)
-
-    @classmethod
-    def load(cls: type[Loaded], directory: str | Path, device: str | torch.device = "cpu") -> Loaded:
-        """The model of a folder that `cmaclip train` wrote, ready for predictions; `System.load` takes any.
-
-        Raises:
-            InputError: the folder is missing, incomplete, not of this version's format, or holds another system.
-        """
-        from cmaclip_fast.artifact import load_model
-
-        model = load_model(directory, device)
-        if not isinstance(model, cls):
-            raise InputError(f"{directory}: holds a '{model.system}', not a '{cls.system}': use System.load")
-        return model
 
 
 class SystemConfig(BaseModel):

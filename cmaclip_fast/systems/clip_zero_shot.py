@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cmaclip_fast.errors import InputError
+from cmaclip_fast.modes import evaluation_copy
 from cmaclip_fast.systems import register
 from cmaclip_fast.systems.base import SystemConfig, TwoTowers
 from cmaclip_fast.types import Batch, Output
@@ -50,19 +51,7 @@ class ZeroShotCLIP(TwoTowers):
                 raise InputError(f"templates: no task '{task}'; tasks: {', '.join(self.tasks)}")
             if not templates or any(template.count("{}") != 1 for template in templates):
                 raise InputError(f"templates of '{task}': give at least one, each with one {{}} for the class")
-        self._classifiers: list[Tensor] | None = None
-
-    def train(self, mode: bool = True) -> ZeroShotCLIP:
-        self._classifiers = None  # the text tower may change
-        return super().train(mode)
-
-    def _apply(self, *arguments: Any, **options: Any) -> ZeroShotCLIP:
-        self._classifiers = None  # they may move to another device
-        return super()._apply(*arguments, **options)
-
-    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
-        self._classifiers = None
-        return super().load_state_dict(*arguments, **options)
+        self._classifiers: tuple[list[tuple[int, int]], list[Tensor]] | None = None
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """As open_clip's: `tokens [N, L]` -> `[N, E]`."""
@@ -78,25 +67,25 @@ class ZeroShotCLIP(TwoTowers):
         return (is_end.int().argmax(1) + 1).to(torch.int32)
 
     def classifiers(self) -> list[Tensor]:
-        """For each task `[E, C_task]`, columns of length 1; made anew when the weights may have changed."""
-        if self._classifiers is not None and not self.training:
-            return self._classifiers
-        device = next(self.parameters()).device
-        was_training = self.training
-        super().train(False)  # prompts are read without dropout
-        self._classifiers = []
+        """For each task `[E, C_task]`, columns of length 1; made anew when the text tower's weights have changed."""
+        weights = [*self.text_tower.parameters()]
+        state = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+        if self._classifiers is not None and self._classifiers[0] == state:
+            return self._classifiers[1]
+        reader = evaluation_copy(self)  # prompts are read without dropout
+        made = []
         for task, classes in self.tasks.items():
             templates: list[str] | list[Callable[[str], str]] = self.config.templates.get(task) or list(
                 SIMPLE_IMAGENET_TEMPLATES
             )
             names = [name.replace("_", " ") for name in classes]
-            self._classifiers.append(
+            made.append(
                 build_zero_shot_classifier(
-                    self, self._tokens, names, templates, num_classes_per_batch=64, device=device
+                    reader, self._tokens, names, templates, num_classes_per_batch=64, device=weights[0].device
                 )
             )
-        super().train(was_training)
-        return self._classifiers
+        self._classifiers = state, made
+        return made
 
     def _tokens(self, texts: list[str]) -> Tensor:
         return self.tokenizer.encode(texts)[0]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cmaclip_fast.data.tokenizer import OpenClipTokenizer, Tokenizer
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.losses import contrastive_loss
+from cmaclip_fast.modes import evaluation_copy
 from cmaclip_fast.systems import register
 from cmaclip_fast.systems.base import FusionConfig, TwoTowers
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
@@ -133,22 +134,19 @@ class CoCa(TwoTowers):
         Args:
             pictures: PIL pictures, or `[B, 3, H, W]` as in a `Batch`.
         """
-        was_training = self.training
-        self.eval()
-        device = self.norm.weight.device
+        model, device = evaluation_copy(self), self.norm.weight.device
         images = pictures if isinstance(pictures, Tensor) else torch.stack([self.preprocessing(p) for p in pictures])
-        seen = self.pool(self.image_projection(self.image_tower(images.to(device))[:, 1:]))[0]
+        seen = model.pool(model.image_projection(model.image_tower(images.to(device))[:, 1:]))[0]
         tokens = torch.full((len(images), 1), self.tokenizer.bos, device=device)
         done = torch.zeros(len(images), dtype=torch.bool, device=device)
         while tokens.shape[1] < self.tokenizer.context_length and not done.all():
             lengths = torch.full((len(tokens),), tokens.shape[1], dtype=torch.int32, device=device)
-            text = self.text_projection(self.text_tower(tokens, lengths)[0])
-            logits = self.words(self.decode(seen, text)[:, -1])
+            text = model.text_projection(model.text_tower(tokens, lengths)[0])
+            logits = model.words(model.decode(seen, text)[:, -1])
             logits[:, [self.tokenizer.bos, self.tokenizer.pad]] = -torch.inf
             word = torch.where(done, self.tokenizer.eot, logits.argmax(1))
             tokens = torch.cat([tokens, word[:, None]], dim=1)
             done |= word == self.tokenizer.eot
-        self.train(was_training)
         return [spell(self.tokenizer, row) for row in tokens.tolist()]
 
 

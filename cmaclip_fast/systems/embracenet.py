@@ -48,9 +48,9 @@ class EmbraceNet(TwoTowers):
         docked = torch.where(present[..., None], docked, 0)
         probability = self.probabilities(present)
         if self.training or self.config.at_test == "draw":
-            fused = (self.draw(probability, docked.shape[-1]) * docked).sum(1)
+            fused = (self.draw(probability, docked.shape[-1]).to(docked.dtype) * docked).sum(1)
         else:
-            fused = (probability[..., None] * docked).sum(1)
+            fused = (probability[..., None].to(docked.dtype) * docked).sum(1)
         return Output(self.classify(self.heads, fused), embedding=docked, towers=towers)
 
     @staticmethod

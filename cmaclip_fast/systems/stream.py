@@ -71,8 +71,12 @@ class OneStream(nn.Module):
         there = torch.stack([torch.ones_like(present[:, TEXT]), present[:, IMAGE]], dim=1)
         packed, cu_seqlens = pack_tokens(torch.cat([first, text], 1), image, counts + 1, there, self.type_embedding)
         rows = Rows(cu_seqlens, 1 + text.shape[1] + image.shape[1])
-        weights = self.attention.last_weights(packed, rows) if with_weights else None
-        return Fused(self.norm(self.attention(packed, rows)), cu_seqlens[:-1].long(), counts.long(), weights)
+        weights = None
+        if with_weights:
+            tokens, weights = self.attention.forward_with_weights(packed, rows)
+        else:
+            tokens = self.attention(packed, rows)
+        return Fused(self.norm(tokens), cu_seqlens[:-1].long(), counts.long(), weights)
 
 
 def pool_patches(patches: Tensor, grid: tuple[int, int] | None, side: int) -> Tensor:

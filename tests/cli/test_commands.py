@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cmaclip_fast import CMACLIP
+from cmaclip_fast import Classifier
+from cmaclip_fast.artifact import load_config, load_model
 
 from .conftest import COLUMNS, QUICK, Done
 
@@ -59,9 +60,8 @@ def test_predict_writes_keys_labels_probabilities_and_weights(
     assert done.code == 0, done.err
     rows = pq.read_table(output).to_pylist()
     assert len(rows) == 16 and rows[0]["id"] == "item-4"
-    model = CMACLIP.load(artifact)
     for row in rows:
-        for task, names in model.tasks.items():
+        for task, names in load_config(artifact).tasks.items():
             top = row[f"{task}_top"]
             assert row[task] == top[0]["label"] and row[f"{task}_probability"] == pytest.approx(top[0]["probability"])
             assert {entry["label"] for entry in top} == set(names)
@@ -75,10 +75,10 @@ def test_python_predictions_equal_the_commands(cmaclip: Run, artifact: Path, sha
     output = tmp_path / "labels.parquet"
     assert cmaclip("predict", artifact, "--data", shapes, "--key", "id", "--output", output).code == 0
     row = pq.read_table(output).to_pylist()[0]
-    model = CMACLIP.load(artifact)
+    classifier = Classifier.load(artifact)
     picture = shapes.parent / "pictures" / "0.png"
     title = next(line for line in shapes.read_text().splitlines() if line.startswith("item-0,")).split(",")[2]
-    said = model.predict([picture, Image.open(picture), None], [title, None, title])
+    said = classifier.predict([picture, Image.open(picture), None], [title, None, title])
     assert said[0]["shape"].label == row["shape"]
     assert said[0]["shape"].probability == pytest.approx(row["shape_probability"], abs=1e-5)
     assert said[1]["shape"].image_weight == 1 and said[2]["shape"].text_weight == 1
@@ -98,7 +98,7 @@ def test_same_seed_same_weights_other_seed_other_weights(
     cmaclip: Run, artifact: Path, shapes: Path, tmp_path: Path
 ) -> None:
     def weights(folder: Path) -> dict[str, torch.Tensor]:
-        return CMACLIP.load(folder).state_dict()
+        return load_model(folder).state_dict()
 
     for name, seed in (("same", 0), ("other", 1)):
         done = cmaclip("train", "--data", shapes, *COLUMNS, "--output", tmp_path / name, *QUICK, "--seed", seed)
@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
     done = cmaclip(*command, "--resume")
     assert done.code == 0, done.err
     assert "resumed after epoch 1" in done.err
-    expected, found = CMACLIP.load(artifact).state_dict(), CMACLIP.load(output).state_dict()
+    expected, found = load_model(artifact).state_dict(), load_model(output).state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     again = cmaclip(*command, "--resume")
     assert again.code == 0 and "complete already" in again.err

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cmaclip_fast import CMACLIP
+from cmaclip_fast import Classifier
 
 from .conftest import COLUMNS, QUICK, Done, write_data
 
@@ -129,9 +129,10 @@ def test_transparent_pictures_are_read_alike_from_memory_and_file(artifact: Path
     picture = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
     picture.paste((220, 30, 30, 255), (8, 8, 30, 30))
     picture.save(tmp_path / "p.png")
-    first, second = CMACLIP.load(artifact).predict([picture, tmp_path / "p.png"], [None, None])
+    classifier = Classifier.load(artifact)
+    first, second = classifier.predict([picture, tmp_path / "p.png"], [None, None])
     assert first["colour"].probability == pytest.approx(second["colour"].probability, abs=1e-6)
     white = Image.new("RGB", (40, 40), "white")
     white.paste((220, 30, 30), (8, 8, 30, 30))
-    third = CMACLIP.load(artifact).predict([white], [None])[0]
+    third = classifier.predict(white)
     assert first["colour"].probability == pytest.approx(third["colour"].probability, abs=1e-6)

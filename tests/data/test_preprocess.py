@@ -69,3 +69,19 @@ def test_wrong_settings() -> None:
     config = {"size": (32, 64), "mean": (0,) * 3, "std": (1,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
     with pytest.raises(ValueError, match="32 x 64; only square"):
         ImagePreprocessing.from_open_clip(config)
+
+
+@pytest.mark.tried("picture", ends="megabytes instead of gigabytes")
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 1_000_000)])
+def test_a_picture_many_times_as_long_as_it_is_wide(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.linear_gradient("L").resize(size)
+    sizes: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def noted(image: Image.Image, size: tuple[int, int], **options: object) -> Image.Image:
+        sizes.append(size)
+        return resize(image, size, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    pixels = ImagePreprocessing(size=32, resize_mode="shortest-crop").pixels(image)
+    assert pixels.shape == (3, 32, 32) and max(sizes[-1]) <= 257 * 32

@@ -10,9 +10,9 @@ from families import CONTEXT, END, image_kind, make_tokens, small, text_kind
 from padded import padded_logits
 
 from cmaclip_fast import layers
+from cmaclip_fast.classifier.engine import Engine, bucket
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.tokenizer import OpenClipTokenizer
-from cmaclip_fast.inference import InferenceModel, bucket
 from cmaclip_fast.layouts import _FEW_ROWS, lay_out, linear
 from cmaclip_fast.model import CMACLIP, ModelConfig
 from cmaclip_fast.ops import dispatch, use_backend
@@ -52,11 +52,11 @@ def test_logits_are_those_of_the_padded_model(name: str, monkeypatch: pytest.Mon
     model = make(name)
     batch = make_batch(model)
     expected = padded_logits(model, batch)
-    found = {"once": model(batch).logits, "laid out": InferenceModel(model)(batch).logits}
+    found = {"once": model(batch).logits, "laid out": Engine(model)(batch).logits}
     if model.text_tower.stops_at_end:
         found["capacity"] = model(batch, capacity=6 * CONTEXT).logits
     monkeypatch.setattr(layers, "_VALUES_AT_ONCE", 300)
-    found["in parts"] = InferenceModel(model)(batch).logits
+    found["in parts"] = Engine(model)(batch).logits
     for logits in found.values():
         for task in TASKS:
             torch.testing.assert_close(logits[task], expected[task], atol=2e-5, rtol=1e-4)
@@ -157,7 +157,7 @@ def test_the_last_layer_is_computed_for_two_tokens_a_row() -> None:
 def test_weights_that_change_after_they_were_laid_out_are_used() -> None:
     model = make()
     batch = make_batch(model)
-    fast = InferenceModel(model)
+    fast = Engine(model)
     before = fast(batch).logits["colour"]
     with torch.no_grad():
         for layer in model.sequence_attention.layers:

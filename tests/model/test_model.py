@@ -58,6 +58,28 @@ def test_what_is_absent_has_no_influence(options: dict) -> None:
         torch.testing.assert_close(logits, model(other).logits[task], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.tried("operator", ends="NaN stays in its own row")
+@pytest.mark.parametrize("options", [{}, {"sequence_attention": False}, {"modality_attention": False}])
+@pytest.mark.parametrize("where", ["hidden picture", "next row", "only row before"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_nan_reaches_no_row_that_does_not_hold_it(options: dict, where: str, gradients: bool) -> None:
+    """The place of an absent picture is some other token, which may be the next row's."""
+    model = make(**options)
+    batch = make_batch(model, ["red dress", "long blue coat", None, "red"], [False, True, True, False])
+    clean = model(batch)
+    broken = {"hidden picture": 0, "next row": 1, "only row before": 2}[where]
+    batch.images[broken] = torch.nan
+    rows = [row for row in range(4) if row != broken or where == "hidden picture"]
+    with torch.set_grad_enabled(gradients):
+        output = model(batch)
+    torch.testing.assert_close(output.embedding[rows], clean.embedding[rows], atol=1e-5, rtol=1e-5)
+    for task in TASKS:
+        torch.testing.assert_close(output.logits[task][rows], clean.logits[task][rows], atol=1e-5, rtol=1e-5)
+    if gradients and where == "hidden picture":
+        (gradient,) = torch.autograd.grad(output.embedding[rows].square().sum(), [model.norm.weight])
+        assert gradient.isfinite().all()
+
+
 @torch.inference_mode()
 def test_a_row_does_not_depend_on_its_batch() -> None:
     model = make()

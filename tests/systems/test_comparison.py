@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 from rich.console import Console
 
 from cmaclip_fast import InputError
 from cmaclip_fast.comparison import LOCK, Comparison, Run, Try, _classify, compare, curve, prepare, record_path
 from cmaclip_fast.comparison_page import summary, welch, write_page
-from cmaclip_fast.comparison_pictures import most_relevant_token
+from cmaclip_fast.comparison_pictures import draw_attention
 from cmaclip_fast.cost import forward_flops, parameters
 from cmaclip_fast.data import Columns, TrainedTokenizer, class_names, read_table
 from cmaclip_fast.data.noise import Noise, add_noise
@@ -220,12 +221,11 @@ def test_attention_is_drawn_for_the_first_seed_of_systems_that_have_it(
     assert "](attention/shapes/cma-clip.png)" in page and "](attention/shapes/bert" not in page
 
 
-def test_the_most_relevant_token_is_no_start_or_end() -> None:
-    relevance = np.array([0.4, 0.1, 0.2, 0.3])
-    view = ExampleView(0, "", None, "two words", ["<s>", "two", "words", "</s>"], text_global_to_token=relevance)
-    assert most_relevant_token(view) == 2
-    view = ExampleView(0, "", None, "", ["<s>", "</s>"], text_global_to_token=relevance[[1, 2]])
-    assert most_relevant_token(view) == 1
+def test_no_map_is_drawn_for_a_text_without_words(tmp_path: Path) -> None:
+    maps, picture = np.ones((2, 3, 3)), Image.new("RGB", (9, 9))
+    draw_attention([ExampleView(0, "", picture, "", ["<s>", "</s>"], maps)], tmp_path / "none.png")
+    draw_attention([ExampleView(0, "", picture, "red", ["<s>", "red"], maps)], tmp_path / "one.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["one.png"]
 
 
 def test_significance() -> None:

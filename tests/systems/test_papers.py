@@ -269,6 +269,18 @@ class TestKaleidoBERT:
         assert torch.equal(there.sum(1) > 0, complete)
         assert torch.equal(there.sum(1)[complete].int(), batch.text_lengths[complete])
 
+    def test_alignment_runs_each_layer_once_and_without_gradients(self) -> None:
+        system, batch = make("kaleidobert", depth=2).train(), make_batch()
+        runs: list[int] = []
+        first, last = system.stream.attention.layers
+        first.norm_attention.register_forward_hook(lambda *_: runs.append(1))
+        found = []
+        attention_weights = last.attention_weights
+        last.attention_weights = lambda *inputs: found.append(attention_weights(*inputs)) or found[-1]
+        system(batch)
+        assert runs == [1]
+        assert not any(weights.requires_grad for weights in found[0])
+
     def test_the_jigsaw_can_be_undone(self) -> None:
         system = make("kaleidobert")
         pieces = torch.randn(6, 55, 8)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cmaclip_fast import Batch, InputError
+from cmaclip_fast import Batch, Classifier, InputError
 from cmaclip_fast.artifact import DataColumns, load_model, save_model
 from cmaclip_fast.fitting import TrainingConfig, parameter_groups
 from cmaclip_fast.systems import create_system
@@ -134,7 +134,7 @@ def test_a_timm_tower_by_name_and_with_local_weights(tmp_path: Path) -> None:
     save_model(tmp_path, read, DataColumns(image="i", text=None, tasks=list(TASKS)), "here", {"seed": 0})
     path.unlink()
     picture = Image.new("RGB", (50, 40), "red")
-    assert load_model(tmp_path).predict([picture], [None]) == read.predict([picture], [None])
+    assert Classifier.load(tmp_path).predict(picture) == Classifier(read).predict(picture)
 
 
 def test_a_timm_vit_takes_the_size_of_the_pictures() -> None:

@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor
 
 from cmaclip_fast.bench.peers.system import Setting, System
-from cmaclip_fast.inference import InferenceModel
+from cmaclip_fast.classifier.classifier import Classifier
 from cmaclip_fast.losses import multitask_loss
 from cmaclip_fast.types import Batch, Output
 
@@ -18,7 +18,8 @@ class Ours(System):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.module = setting.model
-        self._run = setting.model if setting.training else InferenceModel(setting.model, setting.dtype)
+        precision = str(setting.dtype).removeprefix("torch.")
+        self._run = setting.model if setting.training else Classifier(setting.model, precision=precision).engine
 
     def _output(self, batch: Batch) -> Output:
         return cast(Output, self._run(batch))
