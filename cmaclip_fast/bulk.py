@@ -167,7 +167,9 @@ def predict_table(bulk: BulkRun, tasks: dict[str, list[str]], console: Console |
     """
     _check_output(bulk)
     table = bulk.table
-    keys = pa.Table.from_pylist([table.keys(i) or {"row": table.row_number(i)} for i in range(len(table))])
+    keys = table.key_columns()
+    if not keys.column_names:
+        keys = pa.table({"row": [table.row_number(i) for i in range(len(table))]})
     taken = set(keys.column_names) & set(output_schema(pa.schema([]), tasks).names)
     if taken:
         raise InputError(

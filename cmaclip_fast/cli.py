@@ -769,7 +769,7 @@ class Source:
 
     def unchecked(self, config: ArtifactConfig) -> Table:
         """The rows of the split, pictures not yet read. Training data are split as they were for training."""
-        from cmaclip_fast.data.named import absolute
+        from cmaclip_fast.data.named import Columns, absolute
         from cmaclip_fast.data.split import NAMES, split_table
 
         known = config.columns
@@ -777,34 +777,22 @@ class Source:
         source = self.data or config.source
         image_dir = self.image_dir or (Path(known.image_dir) if again and known.image_dir else None)
         split_column = self.split_column or (known.split if again else None)
-        columns = _read(source, None, None, None, None, image_dir, self.max_image_pixels, any_columns=True).column_names
+        found = _read(source, None, None, None, None, image_dir, self.max_image_pixels, any_columns=True)
+        columns = found.column_names
         image, text = (
             given or (name if name in columns else None)
             for given, name in ((self.image, known.image), (self.text, known.text))
         )
-        for name, used in ((known.image, image), (known.text, text)):
-            if name is not None and used is None:
+        for name, there in ((known.image, image), (known.text, text)):
+            if name is not None and there is None:
                 err.print(f"{source}: no column '{name}', which the model was trained with: taken for absent")
         taxonomies = tuple(taxonomy for taxonomy in known.taxonomies if again or taxonomy.column in columns)
         levels = {task for taxonomy in known.taxonomies for task in taxonomy.levels_in(known.tasks)}
         tasks = known.tasks if again else [task for task in self.tasks or known.tasks if self.tasks or task in columns]
         tasks = [task for task in tasks if task not in levels]
 
-        def read(split: str | None = None) -> Table:
-            return _read(
-                source,
-                image,
-                text,
-                tasks,
-                self.keys,
-                image_dir,
-                self.max_image_pixels,
-                split_column,
-                split,
-                taxonomies=taxonomies,
-            )
-
-        table = read()
+        used = Columns(image, text, tuple(tasks), tuple(self.keys or ()), split_column, taxonomies)
+        table = found.with_columns(used)
         if self.split == "all":
             return table
         if again and self.split in NAMES:
@@ -815,7 +803,7 @@ class Source:
         if table.columns.split is None:
             err.print(f"{source}: no split column: all {len(table)} rows are used")
             return table
-        return read(self.split)
+        return found.with_columns(used, self.split)
 
 
 def _examples(

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -169,8 +168,8 @@ def read_emoji(languages: str) -> Rows:
     named = NAMED["emoji"]
     if not named.path.is_file():
         raise InputError(f"{named.path}: the data set 'emoji' is not there yet: run `cmaclip data build emoji`")
-    dataset, _ = read_files([named.path])
-    there = [name for name in dataset.column_names if name not in COLUMNS]
+    table = read_files([named.path]).table
+    there = [name for name in table.column_names if name not in COLUMNS]
     wanted = there if languages == "all" else (languages or "en").split(",")
     for language in wanted:
         if language not in there:
@@ -179,13 +178,12 @@ def read_emoji(languages: str) -> Rows:
                 "others come with `cmaclip data build emoji --languages all --overwrite`"
             )
     parts = [
-        dataset.select_columns([*COLUMNS, language])
-        .rename_column(language, "text")
-        .add_column("language", [language] * len(dataset))
+        table.select([*COLUMNS, language])
+        .rename_columns([*COLUMNS, "text"])
+        .append_column("language", pa.array([language] * len(table)))
         for language in wanted
     ]
-    joined = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-    return Rows(joined, [named.path] * len(parts), [len(dataset)] * len(parts), named.columns)
+    return Rows(pa.concat_tables(parts), [named.path] * len(parts), [len(table)] * len(parts), named.columns)
 
 
 def _check(tarball: Path, package: Package) -> None:

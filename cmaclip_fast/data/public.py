@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
+import pyarrow as pa
 from PIL import Image
 
 from cmaclip_fast.data.files import Rows, read_files
@@ -49,8 +49,8 @@ def read_upmc_food101(folder: str) -> Rows:
             rows["split"].append(split)
     if not rows["image"]:
         raise InputError(f"{root / 'images'}: holds no pictures in train/CLASS and test/CLASS")
-    dataset = datasets.Dataset.from_dict(rows)
-    return Rows(dataset, [root], [len(dataset)], Columns("image", "text", ("label",), ("image",), "split"))
+    table = _table(rows)
+    return Rows(table, [root], [len(table)], Columns("image", "text", ("label",), ("image",), "split"))
 
 
 def read_fashion_gen(folder: str) -> Rows:
@@ -79,7 +79,7 @@ def read_fashion_gen(folder: str) -> Rows:
         files.append(path)
         lengths.append(length)
     columns = Columns("image", "text", ("category",), ("image", "product"), "split")
-    return Rows(datasets.Dataset.from_dict(rows), files, lengths, columns, _PicturesInHdf5(files, lengths))
+    return Rows(_table(rows), files, lengths, columns, _PicturesInHdf5(files, lengths))
 
 
 _FASHION_GEN_TEXTS = {
@@ -122,23 +122,23 @@ def read_glami_1m(folder: str) -> Rows:
     files, lengths, parts = [], [], []
     for split, name in _GLAMI.items():
         path = _needed(root / name)
-        dataset, (length,) = read_files([path])
-        missing = {"image_id", "name", "description", "category_name", "geo", "item_id"} - set(dataset.column_names)
+        table = read_files([path]).table
+        missing = {"image_id", "name", "description", "category_name", "geo", "item_id"} - set(table.column_names)
         if missing:
-            raise InputError(f"{path}: no column '{sorted(missing)[0]}'; columns: {', '.join(dataset.column_names)}")
-        columns = dataset.data.select(["image_id", "name", "description"]).to_pydict()
+            raise InputError(f"{path}: no column '{sorted(missing)[0]}'; columns: {', '.join(table.column_names)}")
+        columns = table.select(["image_id", "name", "description"]).to_pydict()
         texts = [
             " ".join(filter(None, pair)) or None for pair in zip(columns["name"], columns["description"], strict=True)
         ]
         parts.append(
-            dataset.add_column("image", [f"images/{image}.jpg" for image in columns["image_id"]])
-            .add_column("text", texts)
-            .add_column("split", [split] * length)
+            table.append_column("image", pa.array([f"images/{image}.jpg" for image in columns["image_id"]]))
+            .append_column("text", pa.array(texts, pa.string()))
+            .append_column("split", pa.array([split] * len(table)))
         )
         files.append(path)
-        lengths.append(length)
+        lengths.append(len(table))
     used = Columns("image", "text", ("category_name",), ("item_id", "geo"), "split")
-    return Rows(datasets.concatenate_datasets(parts), files, lengths, used)
+    return Rows(pa.concat_tables(parts, promote_options="default"), files, lengths, used)
 
 
 READERS: dict[str, Callable[[str], Rows]] = {
@@ -155,6 +155,10 @@ def _root(folder: str, holds: str) -> Path:
         raise InputError(f"{folder}: no such folder; name the one that the data set was unpacked in")
     inside = [entry for entry in sorted(root.iterdir()) if (entry / holds).exists()]
     return inside[0] if len(inside) == 1 and not (root / holds).exists() else root
+
+
+def _table(rows: dict[str, list[Any]]) -> pa.Table:
+    return pa.table({name: pa.array(values, pa.string()) for name, values in rows.items()})
 
 
 def _needed(path: Path) -> Path:

@@ -6,20 +6,20 @@ import bisect
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 from PIL.Image import Image as Picture
 
 from cmaclip_fast.data import public
 from cmaclip_fast.data.emoji import read_emoji
-from cmaclip_fast.data.files import SPLITS, Rows, list_files, near, read_files, read_folder
+from cmaclip_fast.data.files import SPLITS, Rows, clipped, list_files, near, read_files, read_folder
 from cmaclip_fast.data.images import MAX_IMAGE_PIXELS, ImageProblem, read_image, verify_image
 from cmaclip_fast.data.named import NAMED, Columns, named
+from cmaclip_fast.data.values import class_feature, column_texts, is_bytes, is_text, python_value, storage
 from cmaclip_fast.errors import InputError
 
 
@@ -27,19 +27,29 @@ from cmaclip_fast.errors import InputError
 class _Source:
     """What the views of one table share: the rows as read, and where each came from."""
 
-    dataset: datasets.Dataset
+    read: Rows
+    table: pa.Table
     columns: Columns
     name: str
-    files: tuple[Path, ...]
     first_rows: tuple[int, ...]
     image_dir: Path | None
     max_image_pixels: int
-    picture: Callable[[int], bytes] | None
-    values: dict[str, list[Any]]
+    values: dict[str, list[str | None]] = field(default_factory=dict)
 
-    def column(self, name: str) -> list[Any]:
+    def texts(self, name: str) -> list[str | None]:
+        """A column as text, null and NaN as None."""
         if name not in self.values:
-            self.values[name] = self.dataset.data.column(name).to_pylist()
+            column = self.table.column(name)
+            names = class_feature(self.table.schema, name)
+            if names is not None and pa.types.is_integer(column.type):
+                known = dict(enumerate(names))
+                # -1 is how `datasets` writes that there is no class
+                self.values[name] = [
+                    None if number is None or number < 0 else known.get(number, str(number))
+                    for number in column.to_pylist()
+                ]
+            else:
+                self.values[name] = column_texts(column)
         return self.values[name]
 
 
@@ -74,7 +84,17 @@ class Table:
     @property
     def column_names(self) -> list[str]:
         """Every column of the source, used or not."""
-        return list(self._source.dataset.column_names)
+        return list(self._source.table.column_names)
+
+    def with_columns(self, columns: Columns, split: str | None = None) -> Table:
+        """All rows that were read, or those of a split, with other columns in use; nothing is read again.
+
+        Raises:
+            InputError: as `read_table`.
+        """
+        source = self._source
+        table = _use(source.read, source.name, columns, source.image_dir, source.max_image_pixels)
+        return table if split is None else _keep_split(table, split)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Table:
         """The rows `indices`, in that order."""
@@ -88,7 +108,7 @@ class Table:
         """The text of a row, or None where it is absent or blank."""
         if self.columns.text is None:
             return None
-        value = _scalar(self._source.column(self.columns.text)[self._rows[index]])
+        value = self._source.texts(self.columns.text)[self._rows[index]]
         return None if value is None or not value.strip() else value
 
     def texts(self) -> list[str | None]:
@@ -111,7 +131,7 @@ class Table:
 
     def has_image(self, index: int) -> bool:
         """Whether the row names a picture; the picture is not read."""
-        if self._source.picture is not None:
+        if self._source.read.picture is not None:
             return int(self._rows[index]) not in self._masked
         return self._image_source(index) is not None
 
@@ -130,30 +150,33 @@ class Table:
         """One line for an `InputError`: file, row, column, picture, cause, remedy."""
         value = self._image_value(index)
         path = value.get("path") if isinstance(value, dict) else value
-        picture = f"picture '{path}'" if isinstance(path, str) and path else "the picture"
+        picture = f"picture '{clipped(path)}'" if isinstance(path, str) and path else "the picture"
         return f"{self.where(index)}, column '{self.columns.image}': {picture} {problem}"
 
     def labels(self, task: str) -> list[str | None]:
         """The class name of every row, None where it is unlabelled; numbers are written as text."""
         if task not in self.column_names:
             raise InputError(self._missing(task, "task"))
-        feature = self._source.dataset.features[task]
-        values = self._source.column(task)
-        chosen = [values[row] for row in self._rows]
-        if isinstance(feature, datasets.ClassLabel):
-            return [None if value is None or value < 0 else feature.names[value] for value in chosen]
-        return [_label(value) for value in chosen]
+        values = self._source.texts(task)
+        return [_label(values[row]) for row in self._rows]
+
+    def key_columns(self) -> pa.Table:
+        """The key columns, with the types that they were read with; a row for each row."""
+        names = list(dict.fromkeys(self.columns.keys))
+        chosen = self._source.table.select(names).take(pa.array(self._rows))
+        return pa.table(dict(zip(names, chosen.columns, strict=True)))  # without what the file notes of its columns
 
     def keys(self, index: int) -> dict[str, Any]:
         """The values of the key columns of a row."""
-        return {name: self._source.column(name)[self._rows[index]] for name in self.columns.keys}
+        row = int(self._rows[index])
+        return {name: python_value(self._source.table.column(name)[row]) for name in self.columns.keys}
 
     def splits(self, column: str | None = None) -> list[str | None]:
         """The value of the split column (or `column`) for every row, as it stands."""
         name = column or self.columns.split
         if name is None or name not in self.column_names:
             raise InputError(self._missing(name or "split", "split_column"))
-        values = self._source.column(name)
+        values = self._source.texts(name)
         return [_label(values[row]) for row in self._rows]
 
     def row_number(self, index: int) -> int:
@@ -163,21 +186,21 @@ class Table:
 
     def where(self, index: int) -> str:
         """`file, row N`, as messages give it."""
-        return f"{self._source.files[self._file(int(self._rows[index]))]}, row {self.row_number(index)}"
+        return f"{self._source.read.files[self._file(int(self._rows[index]))]}, row {self.row_number(index)}"
 
     def _file(self, row: int) -> int:
         return bisect.bisect_right(self._source.first_rows, row) - 1
 
     def _image_value(self, index: int) -> Any:
         column = self.columns.image
-        return None if column is None else self._source.dataset.data.column(column)[int(self._rows[index])].as_py()
+        return None if column is None else self._source.table.column(column)[int(self._rows[index])].as_py()
 
     def _image_source(self, index: int) -> bytes | Path | None:
         row = int(self._rows[index])
         if row in self._masked:
             return None
-        if self._source.picture is not None:
-            return self._source.picture(row)
+        if self._source.read.picture is not None:
+            return self._source.read.picture(row)
         value = self._image_value(index)
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
@@ -188,7 +211,7 @@ class Table:
     def _folder(self, row: int) -> Path:
         if self._source.image_dir is not None:
             return self._source.image_dir
-        file = self._source.files[self._file(row)]
+        file = self._source.read.files[self._file(row)]
         return file if file.is_dir() else file.parent
 
     def _missing(self, column: str, role: str) -> str:
@@ -227,16 +250,18 @@ def read_table(
         raise InputError(
             f"{directory}: image_dir is not a folder; name the folder that the paths of '{name}' start from"
         )
-    read = _read(name)
-    dataset = read.dataset
-    first_rows = tuple(itertools.accumulate(read.lengths[:-1], initial=0))
-    dataset, filled = _add_levels(name, dataset, _fill(columns or Columns(), read.columns, dataset))
-    table = Table(
-        _Source(dataset, filled, name, tuple(read.files), first_rows, directory, max_image_pixels, read.picture, {}),
-        np.arange(len(dataset)),
-    )
-    _check_columns(table, dataset, any_columns)
+    table = _use(_read(name), name, columns or Columns(), directory, max_image_pixels, any_columns)
     return table if split is None else _keep_split(table, split)
+
+
+def _use(
+    read: Rows, name: str, columns: Columns, image_dir: Path | None, max_image_pixels: int, any_columns: bool = False
+) -> Table:
+    first_rows = tuple(itertools.accumulate(read.lengths[:-1], initial=0))
+    rows, filled = _add_levels(name, read.table, _fill(columns, read.columns, read.table.column_names))
+    table = Table(_Source(read, rows, filled, name, first_rows, image_dir, max_image_pixels), np.arange(len(rows)))
+    _check_columns(table, rows.schema, any_columns)
+    return table
 
 
 def _read(name: str) -> Rows:
@@ -244,59 +269,53 @@ def _read(name: str) -> Rows:
     if found is not None:
         return _READERS[found[0]](found[1])
     if Path(name).expanduser().is_dir():
-        folder = Path(name).expanduser()
-        dataset = read_folder(folder)
-        has = set(dataset.column_names)
-        own = Columns("image", "text" if "text" in has else None, ("label",) if "label" in has else (), ("image",))
-        return Rows(dataset, [folder], [len(dataset)], own)
-    files = list_files(name)
-    dataset, lengths = read_files(files)
-    return Rows(dataset, files, lengths)
+        return read_folder(Path(name).expanduser())
+    return read_files(list_files(name))
 
 
 def _openclipart(argument: str) -> Rows:
     if argument:
         raise InputError(f"openclipart:{argument}: this data set has no parts: name it 'openclipart'")
-    files = [NAMED["openclipart"].path]
-    dataset, lengths = read_files(files)
-    return Rows(dataset, files, lengths, NAMED["openclipart"].columns)
+    return replace(read_files([NAMED["openclipart"].path]), columns=NAMED["openclipart"].columns)
 
 
 _READERS: dict[str, Callable[[str], Rows]] = {"openclipart": _openclipart, "emoji": read_emoji, **public.READERS}
 
 
-def _fill(given: Columns, own: Columns, dataset: datasets.Dataset) -> Columns:
+def _fill(given: Columns, own: Columns, names: list[str]) -> Columns:
     if given.image is None and given.text is None:
         given = replace(given, image=own.image, text=own.text)
-    split = given.split or own.split or ("split" if "split" in dataset.column_names else None)
+    split = given.split or own.split or ("split" if "split" in names else None)
     tasks = given.tasks or (() if given.taxonomies else own.tasks)
     return replace(given, tasks=tasks, keys=given.keys or own.keys, split=split)
 
 
-def _add_levels(name: str, dataset: datasets.Dataset, columns: Columns) -> tuple[datasets.Dataset, Columns]:
+def _add_levels(name: str, table: pa.Table, columns: Columns) -> tuple[pa.Table, Columns]:
     """A column and a task for each level of each taxonomy."""
     tasks = list(columns.tasks)
     taxonomies = []
     for taxonomy in columns.taxonomies:
-        if taxonomy.column not in dataset.column_names:
-            names = dataset.column_names
+        if taxonomy.column not in table.column_names:
+            names = table.column_names
             raise InputError(
                 f"{name}: no column '{taxonomy.column}' for a taxonomy{near(taxonomy.column, names)}; "
                 f"columns: {', '.join(names)}"
             )
-        paths = [_label(value) for value in dataset.data.column(taxonomy.column).to_pylist()]
+        _check_kind(name, table.schema, taxonomy.column)
+        paths = [_label(value) for value in column_texts(table.column(taxonomy.column))]
         deepest = max((len(taxonomy.names(path)) for path in paths if path is not None), default=0)
         for level in range(1, (taxonomy.levels or max(deepest, 1)) + 1):
             task = taxonomy.task(level)
-            if task in dataset.column_names:
+            if task in table.column_names:
                 raise InputError(f"{name}: column '{task}' has the name of a level of '{taxonomy.column}'; rename it")
-            dataset = dataset.add_column(task, [path and taxonomy.upto(path, level) for path in paths])
+            upto = pa.array([path and taxonomy.upto(path, level) for path in paths], pa.string())
+            table = table.append_column(task, upto)
             tasks.append(task)
         taxonomies.append(replace(taxonomy, levels=len(taxonomy.levels_in(tasks))))
-    return dataset, replace(columns, tasks=tuple(tasks), taxonomies=tuple(taxonomies))
+    return table, replace(columns, tasks=tuple(tasks), taxonomies=tuple(taxonomies))
 
 
-def _check_columns(table: Table, dataset: datasets.Dataset, any_columns: bool) -> None:
+def _check_columns(table: Table, schema: pa.Schema, any_columns: bool) -> None:
     columns, names = table.columns, table.column_names
     if columns.image is None and columns.text is None and not any_columns:
         raise InputError(f"{table.name}: name the column of pictures, of text, or both; columns: {', '.join(names)}")
@@ -309,26 +328,28 @@ def _check_columns(table: Table, dataset: datasets.Dataset, any_columns: bool) -
     if repeated:
         raise InputError(f"{table.name}: task '{repeated[0]}' is named twice; name each task once")
     for column in filter(None, (columns.text, columns.split, *columns.tasks)):
-        kind = dataset.features.arrow_schema.field(column).type
-        if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            raise InputError(f"{table.name}: column '{column}' holds {kind}, not text or classes; name another")
-    if columns.image is not None:
-        kind = dataset.features.arrow_schema.field(columns.image).type
-        if not _holds_pictures(kind):
-            raise InputError(f"{table.name}: column '{columns.image}' holds {kind}, not paths or bytes of pictures")
+        _check_kind(table.name, schema, column)
+    for column in columns.keys:
+        if pa.types.is_nested(storage(schema.field(column).type)):
+            raise InputError(f"{table.name}: key column '{column}' holds {schema.field(column).type}; name another")
+        if column in table._source.read.mixed:
+            held = table._source.read.mixed[column]
+            raise InputError(f"{table.name}: key column '{column}' holds {held}; write all of it as text, in quotes")
+    if columns.image is not None and not _holds_pictures(storage(schema.field(columns.image).type)):
+        kind = schema.field(columns.image).type
+        raise InputError(f"{table.name}: column '{columns.image}' holds {kind}, not paths or bytes of pictures")
+
+
+def _check_kind(name: str, schema: pa.Schema, column: str) -> None:
+    kind = storage(schema.field(column).type)
+    if pa.types.is_nested(kind) or is_bytes(kind):
+        raise InputError(f"{name}: column '{column}' holds {kind}, not text or classes; name another")
 
 
 def _holds_pictures(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return bool({field.name for field in kind} & {"bytes", "path"})
-    tests = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_binary,
-        pa.types.is_large_binary,
-        pa.types.is_null,
-    )
-    return any(test(kind) for test in tests)
+    return is_text(kind) or is_bytes(kind) or pa.types.is_null(kind)
 
 
 def _keep_split(table: Table, split: str) -> Table:
@@ -344,12 +365,6 @@ def _keep_split(table: Table, split: str) -> Table:
     return table.select(rows)
 
 
-def _scalar(value: Any) -> str | None:
-    if value is None or value != value:  # NaN is the one value that differs from itself
-        return None
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _label(value: Any) -> str | None:
-    text = (_scalar(value) or "").strip()
+def _label(value: str | None) -> str | None:
+    text = (value or "").strip()
     return None if text in ("", "nan", "NaN") else text

@@ -164,14 +164,6 @@ def test_changed_file_is_read_anew(write_csv: Callable[..., Path]) -> None:
     assert read_table(path, Columns(None, "text")).texts() == ["new"]
 
 
-def test_cache_that_cannot_be_written(
-    write_csv: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file/cache")
-    assert read_table(write_csv([["text"], ["a"]]), Columns(None, "text")).texts() == ["a"]
-
-
 def test_missing_column(write_csv: Callable[..., Path]) -> None:
     path = write_csv([["image", "title", "label"], ["a", "b", "c"]])
     for columns, role in (
@@ -239,7 +231,7 @@ def test_source_that_is_not_there(tmp_path: Path) -> None:
 
 def test_malformed_files(tmp_path: Path, picture: Callable[..., Path]) -> None:
     contents = {
-        "wide.csv": (b"a,b\n1,2\n1,2,3\n", "cannot be read as CSV .*line 3"),
+        "wide.csv": (b"a,b\n1,2\n1,2,3\n", "row 2: has 3 cells, but there are 2 columns"),
         "twice.csv": (b"a,a\n1,2\n", "column 'a' is there 2 times"),
         "latin.csv": ("a\n\xe9\n".encode("latin-1"), "is not UTF-8 .*save it as UTF-8"),
         "cut.jsonl": (b'{"a": "x"}\n{"a":\n', "cannot be read as JSON"),
@@ -247,7 +239,7 @@ def test_malformed_files(tmp_path: Path, picture: Callable[..., Path]) -> None:
     }
     for name, (data, message) in contents.items():
         (tmp_path / name).write_bytes(data)
-        with _fails(f"{name}: {message}"):
+        with _fails(f"{name}.*{message}"):
             read_table(tmp_path / name, Columns(None, "a"))
     (tmp_path / "0.jsonl").write_text('{"a": [1]}')
     (tmp_path / "1.jsonl").write_text('{"a": "x"}')
@@ -260,15 +252,6 @@ def test_malformed_files(tmp_path: Path, picture: Callable[..., Path]) -> None:
     (tmp_path / "f/metadata.csv").write_text("file,text\ncat/a.png,x\n")
     with _fails("metadata.csv: has no column 'file_name'"):
         read_table(tmp_path / "f")
-
-
-def test_full_disk(write_csv: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(datasets.Dataset, "from_csv", full)
-    with _fails("the disk is full at", "free space or set HF_HOME"):
-        read_table(write_csv([["text"], ["a"]]), Columns(None, "text"))
 
 
 def test_split_that_is_not_there(write_csv: Callable[..., Path]) -> None:
