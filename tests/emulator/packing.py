@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import ceil_div, name_of, nan_like, to_numpy, to_tensor
+from .arrays import aligned, ceil_div, name_of, nan_like, pointer, to_numpy, to_tensor
 from .emulate import ORDERS, Kernels, Report
 
 SCAN_THREADS, THREADS, TOKENS_PER_BLOCK, SUM_THREADS = 1024, 128, 16, 256
@@ -38,10 +38,10 @@ class Packing:
         self.rows, self.length, self.width = text.shape
         self.patches = image.shape[1]
         self.places = self.length + self.patches
-        self.text, self.image = to_numpy(text), to_numpy(image)
+        self.text, self.image = pointer("text", text), pointer("image", image)
         self.lengths, self.present = to_numpy(lengths), to_numpy(present)
         per_access = 16 // text.element_size()
-        self.count = per_access if self.width % per_access == 0 else 1
+        self.count = per_access if self.width % per_access == 0 and aligned(text, image) else 1
         self.name = name_of(self.dtype) + ("_wide" if self.count > 1 else "_narrow")
         self.reports: dict[str, Report] = {}
 

@@ -8,7 +8,7 @@ import torch
 
 from cmaclip_fast.ops import reference
 
-from .arrays import DTYPES, Load, assert_close, to_numpy
+from .arrays import DTYPES, Load, assert_close, misplaced, to_numpy
 from .packing import SCAN_THREADS, Packing, Shape
 
 # Rows, text length, patches, width, spare rows of the result (None: no capacity), whether there are type embeddings.
@@ -72,6 +72,23 @@ def test_a_capacity_that_is_too_small_is_not_overrun(kernels: Load) -> None:
     packed, ends = packing.forward(None, 9)
     assert torch.equal(packed, torch.cat([text, image], dim=1).flatten(0, 1)[:9])
     packing.backward(packed, ends)
+
+
+@pytest.mark.tried("operator", ends="the result of aligned tensors")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("which", ["text", "image"])
+def test_views_that_are_not_aligned(kernels: Load, which: str, dtype: torch.dtype) -> None:
+    """A width of whole accesses, from an odd address on: the narrow kernels, and the wide ones would be misaligned."""
+    given = {"text": torch.randn(2, 3, 64).to(dtype), "image": torch.randn(2, 4, 64).to(dtype)}
+    given[which] = misplaced(given[which])
+    lengths, present = torch.tensor([3, 1], dtype=torch.int32), torch.ones(2, 2, dtype=torch.bool)
+    packing = Packing(kernels("pack_tokens"), *given.values(), lengths, present)
+    packed, _ = packing.forward(None, None)
+    assert torch.equal(packed, reference.pack_tokens_forward(*given.values(), lengths, present, None, None)[0])
+
+    packing.name = packing.name.replace("narrow", "wide")
+    with pytest.raises(AssertionError, match="misaligned"):
+        packing.forward(None, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
