@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .emulate import Kernels
+from .emulate import Kernels, module
 
 Load = Callable[..., Kernels]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -40,3 +41,22 @@ def nan_like(shape: Sequence[int], dtype: torch.dtype) -> np.ndarray:
 def to_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
+
+
+def misplaced(tensor: Tensor) -> Tensor:
+    """The same values one element past an aligned address."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether the launchers may read the tensors 16 bytes at a time."""
+    return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def pointer(name: str, tensor: Tensor) -> Any:
+    """A kernel's argument: a view that begins or runs elsewhere than its memory is a pointer into all of that."""
+    if tensor.is_contiguous() and tensor.storage_offset() == 0:
+        return to_numpy(tensor)
+    base = tensor._base
+    assert base is not None and base.is_contiguous()
+    return module().Buffer(to_numpy(base), name, 0).at(tensor.storage_offset() - base.storage_offset())

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import Load, ceil_div, ends, nan_like, to_numpy, to_tensor
-from .emulate import ORDERS, Kernels, Report, module
+from .arrays import Load, ceil_div, ends, nan_like, pointer, to_numpy, to_tensor
+from .emulate import ORDERS, Kernels, Report
 
 SIZES = (32, 64, 80, 96, 128)
 ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
@@ -98,20 +98,11 @@ class Attention:
         self.ends_q, self.ends_k = ends(q_lengths).numpy(), ends(k_lengths).numpy()
         size = next(size for size in SIZES if size >= self.size)
         self.compiled = compiled(kernels, self.dtype, size)
-        self.given = {name: self._array(name, tensor) for name, tensor in (("q", q), ("k", k), ("v", v))}
+        self.given = {name: pointer(name, tensor) for name, tensor in (("q", q), ("k", k), ("v", v))}
         strides = [Strides(tensor.stride(0), tensor.stride(1)) for tensor in (q, k, v)]
         sizes = (self.rows, self.heads, self.size, self.tokens_q, self.tokens_k)
         self.shape = bytes(Shape(*sizes, causal, self.scale, *strides))
         self.reports: dict[str, Report] = {}
-
-    def _array(self, name: str, tensor: Tensor):
-        """Strided tensors travel as a pointer into the memory they share."""
-        if tensor.is_contiguous():
-            return to_numpy(tensor)
-        base = tensor._base
-        assert base is not None and base.is_contiguous()
-        offset = tensor.storage_offset() - base.storage_offset()
-        return module().Buffer(to_numpy(base), name, 0).at(offset)
 
     def _launch(self, kernel: str, grid, threads: int, arguments: list, shared: int = 0) -> None:
         shape = [] if kernel == "plan" else [self.shape]

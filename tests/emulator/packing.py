@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import ceil_div, name_of, nan_like, to_numpy, to_tensor
+from .arrays import aligned, ceil_div, name_of, nan_like, pointer, to_numpy, to_tensor
 from .emulate import ORDERS, Kernels, Report
 
 SCAN_THREADS, THREADS, TOKENS_PER_BLOCK, SUM_THREADS, TOKENS_PER_SUM = 1024, 128, 16, 256, 128
@@ -37,10 +37,10 @@ class Packing:
         self.compiled, self.dtype, self.orders = library, text.dtype, orders
         self.texts, self.width = text.shape
         self.images, self.rows = len(image), len(starts)
-        self.text, self.image = to_numpy(text), to_numpy(image)
+        self.text, self.image = pointer("text", text), pointer("image", image)
         self.starts, self.counts = to_numpy(starts), to_numpy(counts)
         per_access = 16 // text.element_size()
-        self.count = per_access if self.width % per_access == 0 else 1
+        self.count = per_access if self.width % per_access == 0 and aligned(text, image) else 1
         self.name = name_of(self.dtype) + ("_wide" if self.count > 1 else "_narrow")
         self.reports: dict[str, Report] = {}
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .arrays import ceil_div, name_of, nan_like, to_numpy, to_tensor
+from .arrays import aligned, ceil_div, name_of, nan_like, pointer, to_numpy, to_tensor
 from .emulate import ORDERS, Kernels, Report
 
 THREADS, TASKS_PER_BLOCK, TASKS_PER_WARP, WEIGHT_WARPS = 128, 32, 4, 8
@@ -38,9 +38,10 @@ class Pool:
         self.compiled, self.dtype, self.orders = library, embeddings.dtype, orders
         self.rows, self.modalities, self.width = embeddings.shape
         self.tasks, self.shared = weight.shape[0], weight.shape[1] == 1
-        self.embeddings, self.weight, self.present = to_numpy(embeddings), to_numpy(weight), present.numpy().copy()
+        self.embeddings, self.weight = pointer("embeddings", embeddings), pointer("weight", weight)
+        self.present, self.weight_shape = present.numpy().copy(), tuple(weight.shape)
         per_access = 16 // embeddings.element_size()
-        self.wide = self.width % per_access == 0
+        self.wide = self.width % per_access == 0 and aligned(embeddings, weight)
         self.count = per_access if self.wide else 1
         self.name = name_of(embeddings.dtype) + ("_wide" if self.wide else "_narrow")
         self.bytes = self.modalities * self.width * embeddings.element_size() if self.wide else 0
@@ -73,7 +74,7 @@ class Pool:
         grid = (self.rows, ceil_div(self.width, THREADS * self.count))
         arguments = [grad, self.weight, self.present, pool_weights, scores, grad_embeddings]
         self.launch("backward_embeddings", grid, THREADS, arguments)
-        grad_weight = nan_like(self.weight.shape, self.dtype)
+        grad_weight = nan_like(self.weight_shape, self.dtype)
         grid3 = (
             ceil_div(self.width, 32 * self.count),
             ceil_div(self.tasks, TASKS_PER_WARP),

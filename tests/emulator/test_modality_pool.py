@@ -8,7 +8,7 @@ import torch
 from cmaclip_fast.ops import reference
 
 from .. import rule
-from .arrays import DTYPES, Load
+from .arrays import DTYPES, Load, misplaced
 from .pool import Pool
 
 # Rows, modalities, tasks, width, one weight vector per task.
@@ -75,3 +75,30 @@ def test_memory_traffic(kernels: Load, dtype: torch.dtype) -> None:
         counts = report.counts
         assert counts.sectors <= 1.05 * counts.fewest_sectors, kernel
         assert counts.bank_conflicts == 0, kernel
+
+
+@pytest.mark.tried("operator", ends="the result of aligned tensors")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("which", ["embeddings", "weight"])
+def test_views_that_are_not_aligned(kernels: Load, which: str, dtype: torch.dtype) -> None:
+    """A width of whole accesses, from an odd address on: the narrow kernels, and the wide ones would be misaligned."""
+    given = {"embeddings": torch.randn(3, 2, 64).to(dtype), "weight": torch.randn(5, 2, 64).to(dtype) / 8}
+    present = torch.ones(3, 2, dtype=torch.bool)
+    plain = reference.modality_pool_forward(**given, present=present)
+    exact = reference.modality_pool_forward(**{k: x.double() for k, x in given.items()}, present=present)
+    given[which] = misplaced(given[which])
+    pool = Pool(kernels("modality_pool"), given["embeddings"], given["weight"], present)
+    pooled, weights = pool.forward()
+    assert_close(pooled, plain[0], exact[0], dtype)
+    assert_close(weights, plain[1], exact[1], torch.float32)
+    grad = torch.randn(pooled.shape).to(dtype)
+    results = pool.backward(grad, None, plain[1])
+    plain_grads = reference.modality_pool_backward(grad, None, *given.values(), present, plain[1])
+    wide = (x.double() for x in given.values())
+    exact_grads = reference.modality_pool_backward(grad.double(), None, *wide, present, exact[1])
+    for result, plain_grad, exact_grad in zip(results, plain_grads, exact_grads, strict=True):
+        assert_close(result, plain_grad, exact_grad, dtype)
+
+    pool.name, pool.bytes = pool.name.replace("narrow", "wide"), 2 * 64 * dtype.itemsize
+    with pytest.raises(AssertionError, match="misaligned"):
+        pool.forward()

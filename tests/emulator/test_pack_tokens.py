@@ -10,7 +10,7 @@ from support import pack_tokens_case
 from cmaclip_fast.ops import reference
 
 from ..rule import judge
-from .arrays import DTYPES, Load, to_numpy
+from .arrays import DTYPES, Load, misplaced, to_numpy
 from .packing import SCAN_THREADS, Packing, Shape
 
 # Rows, most tokens of a text, patches, width, spare rows of the result (None: no capacity), whether there are type
@@ -81,6 +81,23 @@ def test_a_capacity_that_is_too_small_is_not_overrun(kernels: Load) -> None:
     packed, ends = packing.forward(None, 9)
     assert torch.equal(packed, torch.cat([text[:3], image[:4], text[3:5]]))
     packing.backward(packed, ends)
+
+
+@pytest.mark.tried("operator", ends="the result of aligned tensors")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("which", ["text", "image"])
+def test_views_that_are_not_aligned(kernels: Load, which: str, dtype: torch.dtype) -> None:
+    """A width of whole accesses, from an odd address on: the narrow kernels, and the wide ones would be misaligned."""
+    given = {"text": torch.randn(6, 64).to(dtype), "image": torch.randn(8, 64).to(dtype)}
+    given[which] = misplaced(given[which])
+    starts, counts = (torch.tensor(x, dtype=torch.int32) for x in ([[0, 0], [3, 4]], [[3, 4], [1, 4]]))
+    packing = Packing(kernels("pack_tokens"), *given.values(), starts, counts)
+    packed, _ = packing.forward(None, None)
+    assert torch.equal(packed, reference.pack_tokens_forward(*given.values(), starts, counts, None, None)[0])
+
+    packing.name = packing.name.replace("narrow", "wide")
+    with pytest.raises(AssertionError, match="misaligned"):
+        packing.forward(None, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())

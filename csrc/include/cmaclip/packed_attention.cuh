@@ -183,7 +183,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
                    const float* __restrict__ grad_lse, float* __restrict__ delta) {
   constexpr int kLanes = 128 / kPerAccess<T>;
   const int head = blockIdx.y, lane = threadIdx.x % kLanes;
-  const int query = (blockIdx.x * blockDim.x + threadIdx.x) / kLanes;
+  // Lanes may be more than an int counts, queries are not.
+  const int query = static_cast<int>((int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kLanes);
   float sum = 0;
   if (query < shape.queries && lane * kPerAccess<T> < shape.size) {
     const int64_t at = (int64_t{query} * shape.heads + head) * shape.size + lane * kPerAccess<T>;
