@@ -38,8 +38,6 @@ from cmaclip_fast.progress import rate_bar
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.working import WorkingFolder
 
-log = logging.getLogger("cmaclip_fast")
-
 Engine = Literal["local", "ray"]
 
 PART_ROWS = 512
@@ -198,9 +196,10 @@ def predict_table(bulk: BulkRun, tasks: dict[str, list[str]], console: Console |
             counts = folder.finished
             if counts is None:
                 parts = _Parts(bulk, folder.path, keys, output_schema(keys.schema, tasks))
-                missing = parts.missing()
+                console = console or Console(stderr=True)
+                missing = parts.missing(console)
                 try:
-                    _label(bulk, parts, missing, console or Console(stderr=True))
+                    _label(bulk, parts, missing, console)
                     counts = parts.join()
                 except InputError as error:
                     if folder.is_worth_keeping():
@@ -260,8 +259,8 @@ class _Parts:
         # before any picture is read: one that changes meanwhile is seen later
         self._pictures = {start: picture_digest(bulk.table, start, stop) for start, stop in self._spans}
 
-    def missing(self) -> list[Span]:
-        """The rows that are still to be labelled; a damaged part is dropped.
+    def missing(self, console: Console) -> list[Span]:
+        """The rows that are still to be labelled; a damaged part is dropped, and told of.
 
         Raises:
             InputError: pictures of rows that are labelled have changed.
@@ -276,7 +275,8 @@ class _Parts:
                 _, said = self._read(start)
             except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
                 reason = " ".join(str(error).split())[:100]
-                log.warning("%s: is damaged (%s): rows %d to %d are labelled again", path, reason, start + 1, stop)
+                said_so = f"{path}: is damaged ({reason}): rows {start + 1} to {stop} are labelled again"
+                console.print(said_so, soft_wrap=True, highlight=False, markup=False)
                 path.unlink()
                 missing.append((start, stop))
                 continue

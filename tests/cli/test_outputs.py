@@ -101,7 +101,7 @@ def test_folders_that_must_stay(train: Callable[..., Done], artifact: Path, data
 
 
 @refused_folder
-@pytest.mark.parametrize("name", [".", "..", "", "/", "x/..", "n" * 252, "n" * 300, "a\0b", os.fsdecode(b"\xff\xfe")])
+@pytest.mark.parametrize("name", [".", "..", "", "/", "x/..", "n" * 252, "n" * 300, os.fsdecode(b"\xff\xfe")])
 def test_names_that_no_output_can_have(
     train: Callable[..., Done], data: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,11 +314,13 @@ def test_json_has_no_nan(tmp_path: Path, value: float) -> None:
     assert said == {"a": [None, {"b": [None, 1.5]}], "c": "NaN"}
 
 
-def test_an_artefact_is_replaced_while_it_is_read(train: Callable[..., Done], data: Path, tmp_path: Path) -> None:
-    """Whoever has opened the old artefact goes on reading it; whoever opens it later sees the new one alone."""
+def test_an_artefact_is_replaced_while_it_is_read(
+    train: Callable[..., Done], artifact: Path, data: Path, tmp_path: Path
+) -> None:
+    """Whoever has opened a file of the old artefact goes on reading it; whoever opens one later sees the new one."""
     output = tmp_path / "run"
-    write_data(data.parent, rows=96)
-    assert train(output).code == 0
+    write_data(data.parent, rows=48)
+    shutil.copytree(artifact, output)
     old = load_config(output)
     with (output / "config.json").open() as opened:
         done = train(output, "--overwrite", "--seed", 5)
