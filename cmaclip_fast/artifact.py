@@ -5,12 +5,9 @@ Weights are safetensors, the rest is JSON: nothing in the folder is code, so one
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import platform
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,10 @@ from cmaclip_fast.systems.base import System
 
 FORMAT = 1
 WEIGHTS, CONFIG, THRESHOLDS, METRICS = "model.safetensors", "config.json", "thresholds.json", "metrics.json"
+REPORT, LOG = "report.html", "train.log"
+
+FILES = (WEIGHTS, CONFIG, THRESHOLDS, METRICS, REPORT, LOG)
+"""All that is in an artefact."""
 
 
 class DataColumns(BaseModel):
@@ -141,29 +142,34 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu") -> Sys
     return model.to(device).eval()
 
 
-@contextlib.contextmanager
-def whole_directory(target: Path, worth_keeping: str) -> Iterator[Path]:
-    """A working folder beside `target`, `NAME.partial`, that takes its name only when the block ends without an error.
+def check_replaceable(directory: Path, inputs: Iterable[Path] = ()) -> None:
+    """Whether a folder may be replaced by a new artefact: it is one itself, with nothing else in it, or empty.
 
-    After an error it stays only if the file `worth_keeping` is in it.
+    Args:
+        inputs: files and folders that must not go with it.
+
+    Raises:
+        InputError: it may not.
     """
-    partial = partial_directory(target)
-    partial.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-    except BaseException:
-        if not (partial / worth_keeping).exists():
-            shutil.rmtree(partial)
-        raise
-    if not target.exists():
-        os.replace(partial, target)
+    remedy = "move it away, or name another --output"
+    if directory.is_symlink():
+        raise InputError(f"{directory}: is a symbolic link, not an artefact: name the folder itself")
+    if not directory.is_dir():
+        raise InputError(f"{directory}: is not a folder: {remedy}")
+    whole = directory.resolve()
+    for path in (Path.cwd(), Path.home(), *inputs):
+        if path.exists() and path.resolve().is_relative_to(whole):
+            raise InputError(f"{directory}: holds '{path}', so it is not replaced: name another --output")
+    paths = sorted(directory.iterdir())
+    for path in paths:
+        if path.name not in FILES or path.is_symlink() or not path.is_file():
+            raise InputError(f"{directory}: holds '{path.name}', which is not of an artefact: {remedy}")
+    if not paths:
         return
-    old = target.with_name(target.name + ".old")
-    os.replace(target, old)
-    os.replace(partial, target)
-    shutil.rmtree(old)
-
-
-def partial_directory(target: Path) -> Path:
-    """Where a run towards `target` keeps its unfinished work."""
-    return target.with_name(target.name + ".partial")
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        ours = isinstance(config["format"], int) and {"model", "tasks", "preprocessing"} <= config.keys()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        raise InputError(f"{directory}: is not an artefact ({CONFIG} is missing or of something else): {remedy}")

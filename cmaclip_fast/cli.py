@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table as RichTable
 
+from cmaclip_fast import signals
 from cmaclip_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -223,9 +224,9 @@ def train(
     )
     try:
         result = run_training(run, err)
-    except KeyboardInterrupt:
-        err.print("interrupted: finished epochs are kept; go on with the same command and --resume")
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, signals.Interrupted) as stop:
+        err.print("interrupted: finished epochs are kept; resume with the same command and --resume")
+        raise typer.Exit(_exit_code(stop)) from None
     out.print(metrics_table(result.metrics, precision))
     out.print(f"report: {result.directory / 'report.html'}", soft_wrap=True)
 
@@ -271,6 +272,8 @@ def evaluate(
     model, config = _load(directory, device)
     source = Source(data, image, text, task, None, image_dir, split, split_column, on_bad_rows, max_image_pixels)
     table, counts = source.rows(config)
+    if json_file is not None:
+        check_output_file(json_file, overwrite=True, inputs=_read_files(directory, table))
     if by is not None and by not in (names := table.column_names):
         raise InputError(f"--by {by}: {table.name} has no such column{near(by, names)}: {', '.join(names)}")
     for spec in noise or []:
@@ -346,9 +349,9 @@ def predict(
     )
     try:
         counts = predict_table(bulk, config.tasks, err)
-    except KeyboardInterrupt:
-        err.print("interrupted: labelled rows are kept; go on with the same command and --resume")
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, signals.Interrupted) as stop:
+        err.print("interrupted: labelled rows are kept; resume with the same command and --resume")
+        raise typer.Exit(_exit_code(stop)) from None
     rows = counts.pop("rows")
     for kind, number in counts.items():
         err.print(f"{kind}: {number}", highlight=False)
@@ -385,6 +388,7 @@ def explain(
     model, config = _load(directory, device)
     source = Source(data, image, text, task, key, image_dir, split, split_column, BadRows.error, max_image_pixels)
     table = source.unchecked(config)
+    check_output_file(output, overwrite, _read_files(directory, table))
     for number in row:
         if number > len(table):
             raise InputError(f"{table.name}: row {number} is past the last of {len(table)}: choose --row up to that")
@@ -494,9 +498,9 @@ def compare(
         raise InputError("--data: two have the same name: rename one")
     try:
         records = c.compare(comparison, err, jobs=jobs)
-    except KeyboardInterrupt:
-        err.print("interrupted: finished runs are kept; go on with the same command")
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, signals.Interrupted) as stop:
+        err.print("interrupted: finished runs are kept; resume with the same command")
+        raise typer.Exit(_exit_code(stop)) from None
     page = write_page(records, output, " ".join(["cmaclip", *map(shlex.quote, sys.argv[1:])]), precision)
     out.print(page.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
     out.print(f"page: {page}", soft_wrap=True, highlight=False)
@@ -737,6 +741,13 @@ def _device(name: str) -> str:
     return str(choose_device(name))
 
 
+def _read_files(directory: Path, table: Table) -> list[Path]:
+    """What a command reads that runs an artefact on a table, and so must not write."""
+    from cmaclip_fast.artifact import FILES
+
+    return [*table.files, *(directory / name for name in FILES)]
+
+
 def _load(directory: Path, device: str) -> tuple[Engine, ArtifactConfig]:
     from cmaclip_fast.artifact import load_config
     from cmaclip_fast.classifier.classifier import Classifier
@@ -821,17 +832,21 @@ def _examples(
 
 
 def main() -> None:
-    """The entry point: errors that a user can mend end with one line and exit code 2."""
+    """The entry point: errors that a user can mend end with one line and exit code 2, signals with 128 + N."""
     try:
-        app()
+        with signals.handled():
+            app()
     except InputError as error:
         _fail(str(error))
     except OSError as error:
+        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
         if error.errno == errno.ENOSPC:
-            _fail(f"{error.filename or 'output'}: no space left on the device: free some, then go on with --resume")
-        if error.filename is None:
-            raise
-        _fail(f"{error.filename}: {error.strerror}: choose another path, or change its permissions")
+            _fail(f"{error.filename or 'output'}: no space left on the device: free some, then resume with --resume")
+        _fail(f"{error.filename or 'a file'}: {reason}: choose another path, or change its permissions")
+
+
+def _exit_code(stop: KeyboardInterrupt | signals.Interrupted) -> int:
+    return stop.number + 128 if isinstance(stop, signals.Interrupted) else 130
 
 
 def _fail(message: str) -> None:

@@ -6,27 +6,28 @@ import json
 import multiprocessing
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from cmaclip_fast.artifact import METRICS, load_model, partial_directory, versions
+from cmaclip_fast import signals
+from cmaclip_fast.artifact import METRICS, load_model, versions
+from cmaclip_fast.comparison_page import NUMBERS, PAGE
 from cmaclip_fast.comparison_pictures import draw_attention
 from cmaclip_fast.cost import forward_flops, parameters
 from cmaclip_fast.data.check import RowPolicy, check_rows
 from cmaclip_fast.data.examples import Examples
 from cmaclip_fast.data.files import near
+from cmaclip_fast.data.fingerprint import fingerprint
 from cmaclip_fast.data.kept import KeptPictures
 from cmaclip_fast.data.noise import Kind, Noise, NoisyTable, add_noise
 from cmaclip_fast.data.preprocess import ImagePreprocessing
@@ -36,10 +37,11 @@ from cmaclip_fast.data.tokenizer import TrainedTokenizer
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import Classified, classify
 from cmaclip_fast.explanation import explain
-from cmaclip_fast.files import write_json
+from cmaclip_fast.files import cannot, write_json
 from cmaclip_fast.systems import create_system, find_system
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.training import CHECKPOINT, TrainingRun, mean_weights, train
+from cmaclip_fast.working import locked, partial_directory
 
 SYSTEMS = (
     "cma-clip",
@@ -59,9 +61,9 @@ SYSTEMS = (
 )
 """What is compared unless others are named; the first is what the others are tested against."""
 
-LOCK = ".lock"
+LOCK, RECORDS = ".lock", "records"
 
-FORMAT = 2
+FORMAT = 3
 """Of a record; one of another format is not read."""
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -144,14 +146,17 @@ class Comparison:
     on_bad_rows: RowPolicy = "error"
     keep_models: bool = False
 
+    @cached_property
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """Of each data set; taken once, before its pictures are read."""
+        return {name: fingerprint(table) for name, table in self.tables.items()}
+
     def settings(self, run: Run) -> dict[str, Any]:
         """What a record holds of how it was made; a record of other settings is not taken for this one."""
-        table, options = self.tables[run.data], self.options(run)
-        texts = zlib.crc32(repr(table.texts()).encode())
+        options = self.options(run)
         return {
             "format": FORMAT,
-            "rows": [len(table), texts],
-            "tasks": list(table.columns.tasks),
+            **self.fingerprints[run.data],
             "model": self.model,
             "pretrained": self.pretrained,
             "model_options": options[0],
@@ -242,18 +247,16 @@ def compare(
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
     """Holds the folder, so that two commands do not train the same run in it."""
-    output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / LOCK)
+    for name in (PAGE, NUMBERS):
+        if (output / name).exists() and not (output / RECORDS).is_dir():
+            raise InputError(f"{output}: holds '{name}' but no comparison of ours: name another --output")
     try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise InputError(
-            f"{output}: another comparison runs in it: wait for it, or name another --output (--jobs runs several)"
-        ) from None
-    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot("written", output, error) from error
+    busy = f"{output}: another comparison runs in it: wait for it, or name another --output (--jobs runs several)"
+    with locked(output / LOCK, busy):
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -267,6 +270,10 @@ def _workers(comparison: Comparison, jobs: int) -> Iterator[ProcessPoolExecutor 
     )
     try:
         yield pool
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()  # they end after their step, and keep it
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -276,6 +283,7 @@ _worker: _Bench
 
 def _start_worker(comparison: Comparison, threads: int) -> None:
     global _worker
+    signals.install()
     torch.set_num_threads(threads)
     _worker = _Bench(comparison)
 
@@ -331,7 +339,7 @@ class _Bench:
 
 def record_path(output: Path, run: Run) -> Path:
     """Where a run's record is kept."""
-    return output / "records" / run.data / f"{_file_name(run)}.json"
+    return output / RECORDS / run.data / f"{_file_name(run)}.json"
 
 
 def _file_name(run: Run) -> str:
@@ -418,25 +426,28 @@ def _known(system: str, options: dict[str, Any]) -> dict[str, Any]:
 def _run(comparison: Comparison, splits: dict[str, Table], run: Run) -> dict[str, Any]:
     folder = comparison.output / "models" / run.data / _file_name(run)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists():
-        shutil.rmtree(folder)  # trained, but killed before it was measured
     model_options, training_options = comparison.options(run)
-    result = train(
-        TrainingRun(
-            comparison.tables[run.data],
-            folder,
-            system=run.system,
-            model=comparison.model,
-            pretrained=comparison.pretrained,
-            model_options=_known(run.system, model_options),
-            training_options={**training_options, "seed": run.seed},
-            target_precision=comparison.target_precision,
-            resume=(partial_directory(folder) / CHECKPOINT).is_file(),
-            splits=splits,
-            report=comparison.keep_models,
-        ),
-        Console(quiet=True),
+    training = TrainingRun(
+        comparison.tables[run.data],
+        folder,
+        system=run.system,
+        model=comparison.model,
+        pretrained=comparison.pretrained,
+        model_options=_known(run.system, model_options),
+        training_options={**training_options, "seed": run.seed},
+        target_precision=comparison.target_precision,
+        overwrite=True,  # one that was trained, but not measured before a kill
+        splits=splits,
+        report=comparison.keep_models,
     )
+    quiet = Console(quiet=True)
+    try:
+        resume = (partial_directory(folder) / CHECKPOINT).is_file()
+        result = train(replace(training, resume=resume), quiet)
+    except InputError:
+        if not resume:
+            raise
+        result = train(training, quiet)  # what there was is damaged, or of other settings
     validation = json.loads((folder / METRICS).read_text(encoding="utf-8"))["validation"]
     accuracies = [metrics["accuracy"] for metrics in validation.values() if metrics["rows"]]
     model = load_model(folder)

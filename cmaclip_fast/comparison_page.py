@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import ttest_ind
 
-from cmaclip_fast.files import write_json
+from cmaclip_fast.comparison_pictures import save_figure
+from cmaclip_fast.files import replacing, write_json, write_text
 
 PAGE, NUMBERS = "comparison.md", "comparison.json"
 SIGNIFICANT = 0.05
@@ -87,13 +88,14 @@ def write_page(records: Sequence[Record], output: Path, command: str, target_pre
         for system, kept in maps.items():
             picture = Path("attention", name, f"{system}.png")
             (output / picture).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(output / kept, output / picture)
+            with replacing(output / picture) as temporary:
+                shutil.copyfile(output / kept, temporary)
             lines += [f"{system}:", "", f"![Attention over the patches]({picture.as_posix()})", ""]
     # the curves are above, as means
     numbers["records"] = [{key: value for key, value in r.items() if key != "noise"} for r in records]
     write_json(output / NUMBERS, numbers)
     path = output / PAGE
-    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines).rstrip() + "\n")
     return path
 
 
@@ -379,4 +381,4 @@ def _colour(number: int) -> Any:
 def _save(figure: Figure, first: Axes, path: Path) -> None:
     handles, labels = first.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)

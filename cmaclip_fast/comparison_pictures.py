@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cmaclip_fast.files import replacing
 from cmaclip_fast.report import ExampleView, relevant_token
 
 CAPTION_WIDTH = 24
@@ -39,4 +40,10 @@ def draw_attention(views: Sequence[ExampleView], path: Path) -> None:
         axes[0, column].set_title(textwrap.fill(title, CAPTION_WIDTH), fontsize=7)
         axes[1, column].set_title(view.tokens[token], fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from cmaclip_fast import signals
 from cmaclip_fast.data.augment import Augmentation
 from cmaclip_fast.data.examples import Examples, make_loader
 from cmaclip_fast.errors import InputError
@@ -268,7 +270,7 @@ def fit(
     stages = config.contrastive_epochs + config.epochs
     schedule = _schedule(config, steps)
     kept = model if average is None else cast(System, average.module)
-    with rate_bar(console, "steps", accelerator.is_local_main_process) as bar:
+    with signals.steps(), rate_bar(console, "steps", accelerator.is_local_main_process) as bar:
         task = bar.add_task("training", total=stages * len(loader), completed=progress_state.epoch * len(loader))
         while progress_state.epoch < stages:
             epoch = progress_state.epoch
@@ -286,7 +288,7 @@ def fit(
             objective.train()
             total = torch.zeros((), device=accelerator.device)
             waited, asked = 0.0, time.perf_counter()
-            for batch in loader:
+            for batch in _until_stopped(loader):
                 waited += time.perf_counter() - asked
                 with accelerator.accumulate(objective):
                     loss, report = step(batch, contrastive)
@@ -302,6 +304,7 @@ def fit(
                     average.update_parameters(model)
                 total += report
                 bar.advance(task)
+                signals.check()
                 asked = time.perf_counter()
             train_loss = float(accelerator.reduce(total, "mean")) / len(loader)
             train_seconds = time.perf_counter() - started
@@ -334,8 +337,18 @@ def fit(
             log.info("%s", describe_epoch(record, stages))
             if accelerator.is_main_process:
                 save_checkpoint(checkpoint, model, average, optimizer, best, progress_state)
+            signals.check()
     model.load_state_dict(best)
     return progress_state
+
+
+def _until_stopped(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a loader; a signal that has ended its processes too ends the run as it would have without them."""
+    try:
+        yield from loader
+    except RuntimeError:
+        signals.check()
+        raise
 
 
 def validate(
@@ -448,8 +461,18 @@ def save_checkpoint(
         tensors |= {f"{part}.{name}": tensor for name, tensor in state.items()}
     for index, entry in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()}
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    write_tensors(path, tensors, {"progression": json.dumps(asdict(progression))})
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    said = json.dumps(asdict(progression))
+    write_tensors(path, tensors, {"progression": said, "checksum": _checksum(said, tensors)})
+
+
+def _checksum(said: str, tensors: dict[str, Tensor]) -> str:
+    """Of all that a checkpoint holds: safetensors itself sees only that a file is truncated."""
+    found = zlib.crc32(said.encode())
+    for name, tensor in sorted(tensors.items()):
+        found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), found)
+        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
 
 
 def load_checkpoint(
@@ -462,11 +485,15 @@ def load_checkpoint(
     """
     try:
         with safe_open(path, framework="pt") as file:
-            progression = Progression(**json.loads(file.metadata()["progression"]))
-            parts: dict[str, dict[str, Tensor]] = {}
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                part, name = key.split(".", 1)
-                parts.setdefault(part, {})[name] = file.get_tensor(key)
+            said = file.metadata()["progression"]
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+            if file.metadata()["checksum"] != _checksum(said, tensors):
+                raise ValueError("its checksum is wrong")
+        progression = Progression(**json.loads(said))
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            part, name = key.split(".", 1)
+            parts.setdefault(part, {})[name] = tensor
         model.load_state_dict(parts["model"])
         if average is not None:
             average.load_state_dict(parts["average"])
@@ -480,5 +507,7 @@ def load_checkpoint(
     except Exception as error:
         # safetensors, JSON and torch each raise their own kind for a damaged file
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: cannot go on from it ({reason}): leave out --resume to start anew") from error
+        raise InputError(
+            f"{path}: cannot be resumed from ({reason}): pass --overwrite in place of --resume to start anew"
+        ) from error
     return progression

@@ -25,7 +25,7 @@ from matplotlib import colormaps
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from cmaclip_fast.errors import InputError
+from cmaclip_fast.files import replacing
 
 LABELLED_CLASSES = 20
 """A confusion matrix of more classes than this is drawn without labels, beside the most confused pairs."""
@@ -202,17 +202,9 @@ def _render(template: str, **values: Any) -> str:
 
 
 def _write(html: str, path: Path) -> None:
-    """Writes to a temporary name, then renames: a killed run leaves the old page or none."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as temporary:
         # A lone surrogate in a user's text must not cost the page.
-        part.write_bytes(html.encode("utf-8", errors="replace"))
-        os.replace(part, path)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise InputError(f"{path}: cannot be written ({reason}); name a file in a folder that can be") from error
-    finally:
-        part.unlink(missing_ok=True)
+        temporary.write_bytes(html.encode("utf-8", errors="replace"))
 
 
 def _finite(value: Any) -> float | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import platform
-import shutil
+import re
 import time
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,17 +20,21 @@ import torch
 from rich.console import Console
 
 from cmaclip_fast.artifact import (
+    FILES,
+    LOG,
     METRICS,
+    REPORT,
     THRESHOLDS,
     DataColumns,
+    check_replaceable,
     load_config,
-    partial_directory,
     save_model,
-    whole_directory,
+    versions,
 )
 from cmaclip_fast.data.check import RowPolicy, check_rows
 from cmaclip_fast.data.classes import class_names
 from cmaclip_fast.data.examples import Examples
+from cmaclip_fast.data.fingerprint import file_digest, fingerprint
 from cmaclip_fast.data.named import absolute
 from cmaclip_fast.data.split import split_table
 from cmaclip_fast.data.table import Table
@@ -37,16 +42,17 @@ from cmaclip_fast.data.tokenizer import Tokenizer, TrainedTokenizer
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import VIEWS, Classified, classify
 from cmaclip_fast.explanation import explain
-from cmaclip_fast.files import note_settings, write_json
+from cmaclip_fast.files import cannot, status_of, write_json
 from cmaclip_fast.fitting import TINY_TRAINING, Progression, TrainingConfig, fit
 from cmaclip_fast.metrics import TaskMetrics, micro_curve
 from cmaclip_fast.report import ReportView, TaskView, render_report
 from cmaclip_fast.systems import build_system, find_system, system_config
 from cmaclip_fast.systems.base import System
+from cmaclip_fast.working import WorkingFolder
 
 log = logging.getLogger("cmaclip_fast")
 
-CHECKPOINT, LOG, REPORT, RUN = "checkpoint.safetensors", "train.log", "report.html", "run.json"
+CHECKPOINT = "checkpoint.safetensors"
 GALLERY = 12
 
 
@@ -131,12 +137,18 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
     if not run.table.columns.tasks:
         raise InputError(f"{run.table.name}: name at least one column of labels with --task")
     _check_modalities(run, system, config)
-    finished = _check_output(run)
-    if finished is not None:
-        console.print(f"{run.output} is complete already: nothing to resume")
-        return finished
+    _check_names(run)
     precision = run.target_precision
-    with whole_directory(run.output, CHECKPOINT) as work, _log_file(work / LOG, console):
+    with contextlib.ExitStack() as stack:
+        folder = WorkingFolder(run.output, "cmaclip train", "|".join(map(re.escape, (*FILES, CHECKPOINT))), CHECKPOINT)
+        stack.enter_context(folder.held())
+        complete = _check_output(run, folder)
+        if complete is not None:
+            console.print(f"{run.output} is complete already: nothing to resume")
+            return complete
+        stack.enter_context(folder.opened(run.resume, run.overwrite))
+        work = folder.path
+        stack.enter_context(_log_file(work / LOG, console))
         started = time.perf_counter()
         tables, counts = _prepare(run, config)
         classes = class_names(tables["train"], run.table.columns.tasks)
@@ -144,7 +156,10 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         tokenizer = _tokenizer(model_options, tables["train"])
         model = build_system(system, model_options, classes, run.pretrained, tokenizer)
         model.taxonomies = run.table.columns.taxonomies
-        _same_run(work / RUN, run, config, model, tables)
+        folder.same_run(_settings(run, config, model, tables))
+        if folder.finished is not None:
+            folder.finish(folder.finished)
+            return _result(run.output)
         examples = {
             split: Examples(
                 table,
@@ -191,9 +206,8 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         if run.report:
             view = _report(run, model, examples["test"], answers, metrics, progression, parameters, seconds, config)
             render_report(view, work / REPORT)
-        (work / CHECKPOINT).unlink(missing_ok=True)
-        (work / RUN).unlink(missing_ok=True)
         log.info("wrote %s", run.output)
+        folder.finish(True)
     return Result(run.output, metrics, progression.seconds)
 
 
@@ -209,27 +223,48 @@ def _check_modalities(run: TrainingRun, system: type[System], config: TrainingCo
             raise InputError(f"'{run.system}' reads nothing else: name a column with {option}")
 
 
-def _check_output(run: TrainingRun) -> Result | None:
-    """Refuses to overwrite; gives the result of a run that is complete already, when asked to resume it."""
-    if run.output.exists():
-        if run.resume and (run.output / METRICS).is_file():
-            load_config(run.output)
-            metrics = json.loads((run.output / METRICS).read_text(encoding="utf-8"))
-            return Result(run.output, metrics["test"], metrics["seconds"])
-        if not run.overwrite:
-            raise InputError(f"{run.output}: exists already: name another --output, or pass --overwrite to replace it")
-    partial = partial_directory(run.output)
-    if partial.exists() and not any((partial / name).exists() for name in (LOG, RUN, CHECKPOINT)):
-        raise InputError(f"{partial}: is no unfinished run of ours: move it away, or name another --output")
-    if run.resume and not (partial / CHECKPOINT).is_file():
-        raise InputError(f"{partial}: no unfinished run to resume: leave out --resume")
-    if not run.resume and partial.exists():
-        if (partial / CHECKPOINT).is_file() and not run.overwrite:
-            raise InputError(
-                f"{partial}: an unfinished run is there: go on with --resume, or pass --overwrite to drop it"
-            )
-        shutil.rmtree(partial)
+def _check_names(run: TrainingRun) -> None:
+    """Whether `config.json` can name where the data are, and the output can be made, before hours are spent."""
+    for path in (run.table.name, *filter(None, [run.table.image_dir])):
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{str(path)!a}: the name is not UTF-8: rename it") from None
+    status_of(run.output)
+    try:
+        run.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot("written", run.output, error) from error
+
+
+def _check_output(run: TrainingRun, folder: WorkingFolder) -> Result | None:
+    """Refuses to replace what is no artefact; gives the result of a run that is complete, when asked to resume it."""
+    if status_of(run.output) is None:
+        return None
+    if run.resume and not folder.path.exists() and (run.output / METRICS).is_file():
+        load_config(run.output)
+        return _result(run.output)
+    if not run.overwrite:
+        raise InputError(f"{run.output}: exists already: name another --output, or pass --overwrite to replace it")
+    check_replaceable(run.output, [*run.table.files, *filter(None, [run.table.image_dir])])
     return None
+
+
+def _result(directory: Path) -> Result:
+    """What `metrics.json` of a finished run says, NaN where it has null."""
+    path = directory / METRICS
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        metrics = {
+            view: {
+                task: {name: math.nan if value is None else float(value) for name, value in numbers.items()}
+                for task, numbers in tasks.items()
+            }
+            for view, tasks in said["test"].items()
+        }
+        return Result(directory, metrics, float(said["seconds"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: is damaged: restore it, or train again with --overwrite") from None
 
 
 def _prepare(run: TrainingRun, config: TrainingConfig) -> tuple[dict[str, Table], dict[str, int]]:
@@ -256,25 +291,31 @@ def _tokenizer(config: Any, table: Table) -> Tokenizer | None:
     return TrainedTokenizer.train(texts, vocab_size=8192, context_length=config.context_length or 32, min_frequency=1)
 
 
-def _same_run(path: Path, run: TrainingRun, config: TrainingConfig, model: System, tables: dict[str, Table]) -> None:
-    """Notes what is being trained; on resuming, refuses to go on with anything else."""
-    now = {
-        "data": run.table.name,
-        "rows": {split: _fingerprint(table) for split, table in tables.items()},
-        "columns": [run.table.columns.image, run.table.columns.text],
+def _settings(run: TrainingRun, config: TrainingConfig, model: System, tables: dict[str, Table]) -> dict[str, Any]:
+    """All that decides what a run ends in: a resumed run must have the same."""
+    rows = {split: fingerprint(table) for split, table in tables.items()}
+    return {
+        "data": absolute(run.table.name),
+        **{name: {split: of.get(name) for split, of in rows.items()} for name in rows["train"]},
+        "split column": run.split_column,
         "system": model.system,
         "pretrained": run.pretrained,
+        "pretrained weights": _weights_digests(run),
         "target_precision": run.target_precision,
         "model": model.config.model_dump(mode="json"),
-        "training": config.model_dump(mode="json"),
+        "training": config.model_dump(mode="json", exclude={"workers"}),  # which changes the speed alone
         "tasks": model.tasks,
+        "versions": {name: number for name, number in versions().items() if name != "python"},
     }
-    note_settings(path, now)
 
 
-def _fingerprint(table: Table) -> int:
-    """A number that changes with the rows' texts and labels."""
-    return zlib.crc32(repr([table.texts(), *(table.labels(task) for task in table.columns.tasks)]).encode())
+def _weights_digests(run: TrainingRun) -> list[str]:
+    """Of the files that the model's towers start from."""
+    text, image = (run.model_options.get(name) for name in ("text_tower", "image_tower"))
+    paths = [Path(name) for name in (run.pretrained, str(image).partition(":")[2]) if name]
+    if isinstance(text, str | Path) and Path(text).is_dir():
+        paths += sorted(Path(text).iterdir())
+    return [file_digest(path) for path in paths if path.is_file()]
 
 
 def _measure(
@@ -410,7 +451,7 @@ def gallery_rows(answers: Classified, number: int = GALLERY) -> tuple[list[int],
 @contextmanager
 def _log_file(path: Path, console: Console) -> Iterator[None]:
     """Sends this package's log to `path`, and its lines to the console."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     echo = _ConsoleHandler(console)
     level, propagates = log.level, log.propagate
@@ -426,6 +467,17 @@ def _log_file(path: Path, console: Console) -> Iterator[None]:
         log.setLevel(level)
         log.propagate = propagates
         handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log whose disk may be full: the run goes on without it, or ends at the next file that matters."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class _ConsoleHandler(logging.Handler):

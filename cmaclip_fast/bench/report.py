@@ -15,7 +15,7 @@ from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
 from cmaclip_fast.bench.peers import SYSTEMS
 from cmaclip_fast.bench.results import Curve, Memory, Part, Pipeline, Report, Steps, Table
 from cmaclip_fast.bench.timing import Spread
-from cmaclip_fast.files import write_json
+from cmaclip_fast.files import replacing, write_json, write_text
 
 PAGE, NUMBERS, PICTURE = "performance.md", "performance.json", "performance.png"
 MEBI = 2**20
@@ -24,8 +24,9 @@ MEBI = 2**20
 def write_report(report: Report, folder: Path) -> None:
     """Writes the three files; the page shows the picture."""
     write_json(folder / NUMBERS, asdict(report))
-    draw(report).savefig(folder / PICTURE, dpi=110)
-    (folder / PAGE).write_text(markdown(report), encoding="utf-8")
+    with replacing(folder / PICTURE) as temporary:
+        draw(report).savefig(temporary, format="png", dpi=110)
+    write_text(folder / PAGE, markdown(report))
 
 
 def markdown(report: Report) -> str:

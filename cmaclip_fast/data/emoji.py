@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from cmaclip_fast.data.files import Rows, near, read_files
 from cmaclip_fast.data.named import NAMED
 from cmaclip_fast.errors import InputError
+from cmaclip_fast.files import check_output_file, replacing, write_text
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,16 @@ def build_emoji(
         InputError: it exists already; npm is missing or fails; a checksum differs; an unknown language.
     """
     folder = output or NAMED["emoji"].folder
-    path = folder / "emoji.parquet"
+    path, card = folder / "emoji.parquet", folder / "README.md"
     if path.exists() and not overwrite:
         raise InputError(f"{path}: exists already: pass --overwrite to build it again")
+    if folder.is_dir():
+        check_output_file(path, overwrite)
+        check_output_file(card, overwrite=True)
+        if card.exists() and not card.read_bytes().startswith(b"# emoji\n"):
+            raise InputError(f"{card}: is not the card of this data set: name another --output")
+    elif folder.exists():
+        raise InputError(f"{folder}: is not a folder: name another --output")
     with tempfile.TemporaryDirectory(prefix="cmaclip-") as temporary:
         tarballs = []
         for package in packages:
@@ -124,8 +131,9 @@ def build_emoji(
         report("reading pictures and tags")
         table = _table(tarballs, languages)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "README.md", lambda file: file.write_text(_card(table, packages), encoding="utf-8"))
-    _write(path, lambda file: pq.write_table(table, file, compression="zstd"))
+    write_text(card, _card(table, packages))
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
     return path
 
 
@@ -357,15 +365,6 @@ def _splits(subcategories: dict[str, str]) -> dict[str, str]:
                 splits[family] = split
             left -= taken
     return splits
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _card(table: pa.Table, packages: Sequence[Package]) -> str:

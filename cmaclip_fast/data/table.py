@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,16 @@ class Table:
     def image_dir(self) -> Path | None:
         """The folder that paths of pictures start from, where it is not the table's."""
         return self._source.image_dir
+
+    @property
+    def max_image_pixels(self) -> int:
+        """Pictures of more pixels are refused."""
+        return self._source.max_image_pixels
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that were read, or the folder."""
+        return self._source.read.files
 
     @property
     def columns(self) -> Columns:
@@ -183,6 +193,29 @@ class Table:
         """The row in its file, counted from 1, the row of column names not counted."""
         row = int(self._rows[index])
         return row - self._source.first_rows[self._file(row)] + 1
+
+    def picture_states(self, start: int, stop: int, with_files: bool = True) -> Iterator[Any]:
+        """What changes when the picture of a row does: its bytes, or its path with size and time of its file."""
+        rows = self._rows[start:stop]
+        if self._source.read.picture is not None:
+            yield from ((int(row), *_file_state(self._source.read.files[self._file(row)], with_files)) for row in rows)
+            return
+        if self.columns.image is None:
+            return
+        folders: dict[int, str] = {}
+        values = self._source.table.column(self.columns.image).take(pa.array(rows)).to_pylist()
+        for row, value in zip(rows.tolist(), values, strict=True):
+            if isinstance(value, dict):
+                value = value.get("bytes") or value.get("path")
+            if row in self._masked:
+                yield None
+            elif isinstance(value, str) and value.strip():
+                file = self._file(row)
+                if file not in folders:
+                    folders[file] = str(self._folder(row))
+                yield value, *_file_state(os.path.join(folders[file], os.path.expanduser(value)), with_files)
+            else:
+                yield value or None
 
     def where(self, index: int) -> str:
         """`file, row N`, as messages give it."""
@@ -363,6 +396,17 @@ def _keep_split(table: Table, split: str) -> Table:
             f"splits: {', '.join(there)}"
         )
     return table.select(rows)
+
+
+def _file_state(path: str | Path, wanted: bool) -> tuple[int, int] | tuple[()]:
+    """Size and modification time in ns; nothing where there is no such file, or it is not wanted."""
+    if not wanted:
+        return ()
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return ()
+    return status.st_size, status.st_mtime_ns
 
 
 def _label(value: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 from collections.abc import Callable
@@ -125,12 +126,14 @@ def test_output_that_exists(
     assert page.read_text() == "mine"
 
 
-def test_failed_overwrite_keeps_the_old_run(train: Callable[..., Done], data: Path, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "precious.txt").write_text("mine")
+def test_failed_overwrite_keeps_the_old_run(
+    train: Callable[..., Done], data: Path, artifact: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(artifact, tmp_path / "run")
     (data.parent / "pictures" / "3.png").write_bytes(b"not a picture")
     refused(train(data, "--overwrite"), "row 4")
-    assert (tmp_path / "run" / "precious.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "run"]
+    assert not filecmp.dircmp(artifact, tmp_path / "run").diff_files
 
 
 def test_unknown_option_and_model(train: Callable[..., Done], data: Path) -> None:

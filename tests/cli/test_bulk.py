@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -148,14 +154,73 @@ def test_each_picture_is_read_once(
     assert len(times) == len(set(times)) == 46  # of 50 rows 4 name none
 
 
-def test_ray_gives_the_same_file(cmaclip: Run, arguments: list[object], whole: Path, tmp_path: Path) -> None:
+class Watch(threading.Thread):
+    """Looks at the processes of Ray from the side, and does something to a run once its first parts are kept.
+
+    Attributes:
+        listening: the addresses that processes of this run listened on.
+        seen: processes of this run.
+    """
+
+    def __init__(self, partial: Path, do: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self._partial, self._do = partial, do
+        self._others = set(psutil.Process().children(recursive=True))
+        self.listening: set[str] = set()
+        self.seen: set[psutil.Process] = set()
+        self.done = False
+
+    def run(self) -> None:
+        while len(list(self._partial.glob("part-*"))) < 2:
+            time.sleep(0.02)
+        self.seen = set(psutil.Process().children(recursive=True)) - self._others
+        for process in (*self.seen, psutil.Process()):
+            with suppress(psutil.Error):
+                found = process.net_connections("inet")
+                self.listening |= {one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN}
+        self._do()
+        self.done = True
+
+
+@pytest.mark.tried("cluster", ends="the worker is replaced; the same file as without; loopback alone is listened on")
+def test_ray_gives_the_same_file_when_a_worker_is_killed(
+    cmaclip: Run, arguments: list[object], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ray", reason="--engine ray needs Ray (cmaclip_fast[ray])")
+    monkeypatch.setattr(bulk, "PART_ROWS", 2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def kill() -> None:
+        workers = [one for one in psutil.Process().children(recursive=True) if one.name().startswith("ray::_Actor")]
+        workers[0].kill()
+
+    watch = Watch(tmp_path / "labels.parquet.partial", kill)
+    watch.start()
     # of four workers only as many are started as there are CPUs: others would wait for ever
     done = cmaclip(*arguments, "--engine", "ray", "--workers", 4)
-    assert done.code == 0, done.err
+    assert done.code == 0 and watch.done, done.err
+    assert len(watch.seen) > 3 and watch.listening
+    assert {ip.removeprefix("::ffff:") for ip in watch.listening} == {"127.0.0.1"}
     # on another number of threads sums are added up in another order
     found, expected = (pq.read_table(path) for path in (tmp_path / "labels.parquet", whole))
     assert found.schema.equals(expected.schema)
     assert found.select(["id", "colour", "shape"]).equals(expected.select(["id", "colour", "shape"]))
     for name in ("colour_probability", "shape_probability", "shape_text_weight"):
         assert found[name].to_pylist() == pytest.approx(expected[name].to_pylist(), abs=1e-5)
+
+
+@pytest.mark.tried("cluster", ends="exit 143, no process is left, resumes without Ray to the same rows")
+def test_a_signal_ends_ray_too(
+    cmaclip: Run, arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="--engine ray needs Ray (cmaclip_fast[ray])")
+    monkeypatch.setattr(bulk, "PART_ROWS", 2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    watch = Watch(tmp_path / "labels.parquet.partial", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    watch.start()
+    done = cmaclip(*arguments, "--engine", "ray", "--workers", 1)
+    assert done.code == 143 and watch.done and "Traceback" not in done.err, done.err
+    gone, alive = psutil.wait_procs(watch.seen, timeout=10)
+    assert gone and not alive
+    assert cmaclip(*arguments, "--resume").code == 0
+    assert pq.read_table(tmp_path / "labels.parquet")["id"].to_pylist() == [f"item-{row}" for row in range(50)]
