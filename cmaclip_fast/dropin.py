@@ -13,11 +13,11 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
-from open_clip.transformer import TextTransformer, Transformer, VisionTransformer
+from open_clip.transformer import CustomResidualAttentionBlock, TextTransformer, Transformer, VisionTransformer
 from torch import Tensor, nn
 
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.layers import Layer, Queries, Rows, is_standard, layer_of, run_layers
+from cmaclip_fast.layers import Layer, Queries, Rows, has_fused_projection, layer_of, run_layers
 from cmaclip_fast.plain import can_be_packed, classes_are_plain, has_own_methods, is_norm, stock_class
 from cmaclip_fast.towers import layers_of, pack_dense, run_dense_layers
 
@@ -73,7 +73,7 @@ def _accelerated_class(module: Any) -> type[nn.Module] | None:
     transformer = getattr(module, "transformer", module)
     if type(module) is nn.TransformerEncoder:
         return None if _why_not(module) else AcceleratedTransformerEncoder
-    if type(transformer) is not Transformer or not all(map(is_standard, transformer.resblocks)):
+    if type(transformer) is not Transformer or _why_not(transformer):
         return None
     if type(module) is CLIP and _ends_known(module, module.text_pool_type):
         return AcceleratedCLIP
@@ -85,17 +85,16 @@ def _accelerated_class(module: Any) -> type[nn.Module] | None:
 
 
 def _why_not(module: nn.Module) -> str:
-    """Why a module of a known class cannot be accelerated, or ""."""
+    """Why a module of a known class can never be accelerated, or ""; what can be undone, such as hooks, is no reason."""
     if isinstance(module, nn.TransformerEncoder):
         for block in module.layers:
-            if not is_standard(block):
+            attention = getattr(block, "self_attn", None)
+            if isinstance(attention, nn.MultiheadAttention) and not has_fused_projection(attention):
                 return f"an nn.TransformerEncoder has a {type(block).__name__} with other than standard attention"
-            if not cast(Any, block).self_attn.batch_first:
+            if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
                 return "an nn.TransformerEncoder is not batch_first: build it with batch_first=True"
-    if isinstance(module, Transformer):
-        for block in module.resblocks:
-            if not is_standard(block):
-                return f"open_clip's {type(block).__name__} is not a standard block"
+    if isinstance(module, Transformer) and isinstance(module.resblocks[0], CustomResidualAttentionBlock):
+        return "open_clip's CustomResidualAttentionBlock is not a standard block"
     return ""
 
 

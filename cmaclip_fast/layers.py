@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from cmaclip_fast.layouts import linear
 from cmaclip_fast.ops import epilogue, packed_attention
 from cmaclip_fast.plain import (
+    acts_on_tokens,
     is_activation,
     is_linear,
     is_low_rank_attention,
-    is_low_rank_linear,
     is_norm,
     is_ordinary,
     is_plain,
@@ -204,31 +204,20 @@ def layer_of(block: nn.Module) -> Layer | None:
     That is a module of another kind, attention with more than one fused projection or with dropout in training, and a
     block to which something was added: hooks, other modules, methods of its own.
     """
-    if not is_standard(block):
-        return None
-    return _of_open_clip(block) if type(block) is ResidualAttentionBlock else _of_torch(block)
+    if is_plain(block, ResidualAttentionBlock):
+        return _of_open_clip(block)
+    return _of_torch(block) if is_plain(block, nn.TransformerEncoderLayer) else None
 
 
-def is_standard(block: nn.Module) -> bool:
-    """Whether a module is a block of open_clip or PyTorch with softmax attention over one fused projection."""
-    parts = block._modules
-    if is_plain(block, ResidualAttentionBlock) and "ln_1_kv" not in parts:
-        attention: Any = parts.get("attn")
-    elif is_plain(block, nn.TransformerEncoderLayer):
-        attention = parts.get("self_attn")
-    else:
-        return False
-    if is_low_rank_attention(attention):
-        attention = attention.base_layer
-    elif not is_plain(attention, nn.MultiheadAttention):
-        return False
+def has_fused_projection(attention: Any) -> bool:
+    """Whether an `nn.MultiheadAttention` is softmax attention over one fused projection."""
     return attention.in_proj_weight is not None and attention.bias_k is None and not attention.add_zero_attn
 
 
 def _of_open_clip(block: nn.Module) -> Layer | None:
     parts: dict[str, Any] = block._modules
     mlp, scales = parts["mlp"], (parts["ls_1"], parts["ls_2"])
-    if not is_plain(mlp, nn.Sequential) or tuple(mlp._modules) != ("c_fc", "gelu", "c_proj"):
+    if "ln_1_kv" in parts or not is_plain(mlp, nn.Sequential) or tuple(mlp._modules) != ("c_fc", "gelu", "c_proj"):
         return None
     expand, activation, contract = mlp._modules.values()
     norms = parts["ln_1"], parts["ln_2"]
@@ -245,7 +234,7 @@ def _of_torch(block: Any) -> Layer | None:
     # PyTorch reads the weights of these two in evaluation, whatever they are
     if not is_linear(block.linear1) or not is_linear(block.linear2):
         return None
-    if not all(is_plain(drop, nn.Dropout) for drop in drops) or not is_plain(block.self_attn, nn.MultiheadAttention):
+    if not all(is_plain(drop, nn.Dropout) for drop in drops) or is_low_rank_attention(block.self_attn):
         return None
     inside, after_attention, after_mlp = (drop if drop.training and drop.p else None for drop in drops)
     return _layer(
@@ -266,14 +255,17 @@ def _layer(
     **after: Callable[[Tensor], Tensor] | None,
 ) -> Layer | None:
     """The layer of these parts, or None where one of them is not what it has to be."""
-    if attention.training and attention.dropout:
+    low_rank = is_low_rank_attention(attention)
+    if not low_rank and not is_plain(attention, nn.MultiheadAttention):
+        return None
+    if not has_fused_projection(attention) or (attention.training and attention.dropout):
         return None
     if not (is_norm(norms[0]) and is_norm(norms[1]) and is_activation(activation)):
         return None
     products = [weights_of(module) for module in (expand, contract)]
-    if not all(isinstance(product, Weights) or is_low_rank_linear(product) for product in products):
+    if not all(isinstance(product, Weights) or acts_on_tokens(product) for product in products):
         return None
-    read = _merged(attention) if is_low_rank_attention(attention) else _read(attention)
+    read = _merged(attention) if low_rank else _read(attention)
     weights = [*read, *(product for product in products if isinstance(product, Weights))]
     if not all(is_ordinary(*part) for part in weights):
         return None
@@ -282,7 +274,7 @@ def _layer(
 
 def weights_of(module: nn.Module) -> Weights | nn.Module:
     """What a linear module multiplies by, or the module itself where it has to be called."""
-    if is_linear(module):
+    if is_plain(module, nn.Linear):
         return Weights(module.weight, module.bias)  # type: ignore[arg-type]
     return module
 

@@ -91,7 +91,7 @@ def stock_class(module: nn.Module) -> type[nn.Module]:
 def is_linear(module: object) -> bool:
     """Whether a call of the module is `F.linear` with its weight and bias.
 
-    Weights that PyTorch's parametrizations compute are read as attributes too, so these classes count.
+    That goes for the classes too that PyTorch's parametrizations make.
     """
     cls = type(module)
     if cls is not nn.Linear and not (
@@ -137,11 +137,13 @@ def can_be_packed(x: Tensor) -> bool:
     )
 
 
-def is_low_rank_linear(module: Any) -> bool:
-    """Whether a module is peft's `lora.Linear` over a linear module, with nothing else added.
+def acts_on_tokens(module: nn.Module) -> bool:
+    """Whether a call of the module does the same to packed tokens, since it is linear, with low-rank adapters or not."""
+    return is_linear(module) or _is_low_rank_linear(module)
 
-    It acts on each token by itself, so it can be called on packed tokens.
-    """
+
+def _is_low_rank_linear(module: Any) -> bool:
+    """Whether a module is peft's `lora.Linear` over a linear module, with nothing else added."""
     if not _is_of_peft(module, "Linear") or not is_bare(module) or module.lora_variant:
         return False
     inner = (*module.lora_A.values(), *module.lora_B.values())
@@ -158,7 +160,7 @@ def is_low_rank_attention(module: Any) -> bool:
         _is_of_peft(module, "MultiheadAttention")
         and is_bare(module)
         and is_plain(module.base_layer, nn.MultiheadAttention)
-        and is_low_rank_linear(module.base_layer.out_proj)
+        and _is_low_rank_linear(module.base_layer.out_proj)
         and module.base_layer.out_proj.active_adapters == module.active_adapters
         and not (module.merged or module.disable_adapters)
     )
