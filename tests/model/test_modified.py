@@ -72,8 +72,8 @@ def host(kind: str) -> Host:
     return Host(model, model.transformer.resblocks, lambda: [model.encode_text(tokens)], model)
 
 
-def scaled(output: Any, by: float = 1.5) -> Any:
-    return tuple(None if x is None else x * by for x in output) if isinstance(output, tuple) else output * by
+def mixed(output: Any) -> Any:
+    return tuple(map(mixed, output)) if isinstance(output, tuple) else None if output is None else output + output.flip(-1)
 
 
 def shapes(values: Any) -> list[Any]:
@@ -84,7 +84,7 @@ def shapes(values: Any) -> list[Any]:
 def forward_hook(at: Host, part: str, **options: bool) -> Any:
     def hook(module: nn.Module, args: Any, *rest: Any) -> Any:
         at.calls.append([part, shapes(args), shapes(rest[-1])])
-        return scaled(rest[-1])
+        return mixed(rest[-1])
 
     return at.get(part).register_forward_hook(hook, **options)
 
@@ -101,16 +101,16 @@ def forward_pre_hook(at: Host, part: str, **options: bool) -> Any:
 def backward_hook(at: Host, part: str) -> Any:
     def hook(module: nn.Module, into: Any, out: Any) -> Any:
         at.calls.append([part, shapes(out)])
-        return scaled(into)
+        return mixed(into)
 
     return at.get(part).register_full_backward_hook(hook)
 
 
 def backward_pre_hook(at: Host, part: str) -> Any:
-    return at.get(part).register_full_backward_pre_hook(lambda _, out: at.calls.append(shapes(out)) or scaled(out))
+    return at.get(part).register_full_backward_pre_hook(lambda _, out: at.calls.append(shapes(out)) or mixed(out))
 
 
-class Scaled(nn.Module):
+class Mixed(nn.Module):
     """A wrapper that has what is read of what it wraps."""
 
     def __init__(self, inner: nn.Module) -> None:
@@ -121,7 +121,7 @@ class Scaled(nn.Module):
                 setattr(self, name, getattr(inner, name))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return scaled(self.inner(*args, **kwargs))
+        return mixed(self.inner(*args, **kwargs))
 
 
 class MixesTokens(nn.Module):
@@ -139,7 +139,7 @@ class MixesTokens(nn.Module):
         return self.inner(x + x.cumsum(-2))
 
 
-def wrap(at: Host, part: str, wrapper: Callable[[nn.Module], nn.Module] = Scaled) -> None:
+def wrap(at: Host, part: str, wrapper: Callable[[nn.Module], nn.Module] = Mixed) -> None:
     at.put(part, wrapper(at.get(part)))
 
 
@@ -147,20 +147,20 @@ def subclass(at: Host, part: str) -> None:
     """The class of the part, on this object, becomes one with another `forward`."""
     module = at.get(part)
     cls = type(module)
-    module.__class__ = type(cls.__name__, (cls,), {"forward": lambda self, *a, **k: scaled(cls.forward(self, *a, **k))})
+    module.__class__ = type(cls.__name__, (cls,), {"forward": lambda self, *a, **k: mixed(cls.forward(self, *a, **k))})
 
 
 def own_forward(at: Host, part: str) -> None:
     module = at.get(part)
     forward = module.forward
-    module.forward = lambda *args, **kwargs: scaled(forward(*args, **kwargs))
+    module.forward = lambda *args, **kwargs: mixed(forward(*args, **kwargs))
 
 
 def own_method(at: Host) -> None:
     block = at.blocks[0]
     name = "_sa_block" if isinstance(at.model, nn.TransformerEncoder) else "attention"
     method = getattr(block, name)
-    setattr(block, name, lambda *args, **kwargs: scaled(method(*args, **kwargs)))
+    setattr(block, name, lambda *args, **kwargs: mixed(method(*args, **kwargs)))
 
 
 def inserted(at: Host) -> None:
