@@ -1,7 +1,7 @@
 """Transformer layers over packed tokens, with the weights that they find in the modules of other libraries.
 
 A layer is read from its module at each call, so that a state dict, an optimizer or a distributed wrapper sees nothing
-else than the module. Gradients keep less than autograd would: the activation and the normalised tokens, which the next
+else than the module; and only where reading is the same as calling (`plain.py`). Gradients keep less than autograd would: the activation and the normalised tokens, which the next
 product needs for its weights' gradient, are computed again from what went into them.
 """
 
@@ -11,16 +11,25 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock
+from open_clip.transformer import LayerScale, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from cmaclip_fast.layouts import linear
 from cmaclip_fast.ops import derivatives, dispatch, epilogue, packed_attention
+from cmaclip_fast.plain import (
+    acts_on_tokens,
+    is_activation,
+    is_linear,
+    is_low_rank_attention,
+    is_norm,
+    is_ordinary,
+    is_plain,
+)
 
 _VALUES_AT_ONCE = 1_250_000
 """Values of packed tokens that go through all layers together on a CPU without gradients, 32 images of ViT-B-32: with
@@ -78,6 +87,13 @@ class Queries:
         return cls(index, Rows.equal(len(index), 1, index.device))
 
 
+class Weights(NamedTuple):
+    """Of a linear product: `weight [N, D]`, `bias [N]` or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
 @dataclass
 class Layer:
     """One transformer layer, as what it is made of.
@@ -86,9 +102,9 @@ class Layer:
         heads: attention heads.
         norm_first: whether a norm stands before attention and MLP (pre-norm) or after their sums (post-norm).
         norm_attention, norm_mlp: the two norms.
-        qkv: weight `[3 * D, D]` and bias `[3 * D]` or None of the fused projection.
+        qkv: the fused projection, `[3 * D, D]`.
         out: projection of the attended tokens.
-        expand, activation, contract: the MLP.
+        expand, activation, contract: the MLP; a product is given by its weights, or as a module to be called.
         after_attention, after_mlp: what happens to each branch before it is added: dropout, layer scale.
         inside_mlp: dropout between activation and second product, or None.
     """
@@ -97,11 +113,11 @@ class Layer:
     norm_first: bool
     norm_attention: nn.Module
     norm_mlp: nn.Module
-    qkv: tuple[Tensor, Tensor | None]
-    out: nn.Linear
-    expand: nn.Linear
+    qkv: Weights
+    out: Weights
+    expand: Weights | nn.Module
     activation: Callable[[Tensor], Tensor]
-    contract: nn.Linear
+    contract: Weights | nn.Module
     after_attention: Callable[[Tensor], Tensor] | None = None
     after_mlp: Callable[[Tensor], Tensor] | None = None
     inside_mlp: Callable[[Tensor], Tensor] | None = None
@@ -132,24 +148,38 @@ class Layer:
         attended, _ = packed_attention(
             *(q, k, v, of_queries.cu_seqlens, rows.cu_seqlens, of_queries.longest, rows.longest), causal=causal
         )
-        tokens = attended.flatten(1)
-        return _add(x, lambda bias: linear(tokens, self.out.weight, bias), self.out.bias, self.after_attention)
+        tokens, out = attended.flatten(1), self.out
+        return _add(x, lambda bias: linear(tokens, out.weight, bias), out.bias, self.after_attention)
 
     def _process(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """`x` plus what the MLP makes of it."""
-        return _add(x, lambda bias: self._mlp(x, norm, bias), self.contract.bias, self.after_mlp)
+        if isinstance(self.contract, Weights):
+            return _add(x, lambda bias: self._mlp(x, norm, bias), self.contract.bias, self.after_mlp)
+        branch = self._mlp(x, norm, None)
+        return x + (branch if self.after_mlp is None else self.after_mlp(branch))
 
     def _mlp(self, x: Tensor, norm: nn.Module | None, bias: Tensor | None) -> Tensor:
-        expand, weight, quick = self.expand, self.contract.weight, epilogue.is_quick(self.activation)
-        if quick is not None and self.inside_mlp is None and epilogue.takes(x, expand.bias, weight):
-            hidden = recomputing_linear(norm, x, expand.weight, None)
-            if torch.is_grad_enabled():
-                return epilogue.bias_gelu_linear(hidden, expand.bias, weight, bias, quick)
-            return linear(epilogue.bias_gelu_(hidden, expand.bias, quick), weight, bias)
-        hidden = recomputing_linear(norm, x, expand.weight, expand.bias)
+        expand, contract = self.expand, self.contract
+        if isinstance(expand, Weights) and isinstance(contract, Weights) and self.inside_mlp is None:
+            quick, weight = epilogue.is_quick(self.activation), contract.weight
+            if quick is not None and expand.bias is not None and epilogue.takes(x, expand.bias, weight):
+                hidden = recomputing_linear(norm, x, expand.weight, None)
+                if torch.is_grad_enabled():
+                    return epilogue.bias_gelu_linear(hidden, expand.bias, weight, bias, quick)
+                return linear(epilogue.bias_gelu_(hidden, expand.bias, quick), weight, bias)
+        if isinstance(contract, Weights):
+            contract = contract._replace(bias=bias)
+        hidden = _product(norm, x, expand)
         if self.inside_mlp is not None:
-            return F.linear(self.inside_mlp(self.activation(hidden)), weight, bias)
-        return recomputing_linear(self.activation, hidden, weight, bias)
+            return _product(None, self.inside_mlp(self.activation(hidden)), contract)
+        return _product(self.activation, hidden, contract)
+
+
+def _product(function: Callable[[Tensor], Tensor] | None, x: Tensor, product: Weights | nn.Module) -> Tensor:
+    """The product of `function(x)`."""
+    if isinstance(product, Weights):
+        return recomputing_linear(function, x, product.weight, product.bias)
+    return cast(Tensor, product(x if function is None else function(x)))
 
 
 def _add(
@@ -169,67 +199,120 @@ def _add(
 
 
 def layer_of(block: nn.Module) -> Layer | None:
-    """The layer that a module of open_clip or PyTorch is, or None where `packed_attention` does not compute it.
+    """The layer that a module of open_clip or PyTorch is, or None where running it here would not be the same.
 
-    That is a module of another kind, attention with more than one fused projection, or with dropout in training.
+    That is a module of another kind, attention with more than one fused projection or with dropout in training, and a
+    block to which something was added: hooks, other modules, methods of its own.
     """
-    if not is_standard(block):
-        return None
-    attention = cast(nn.MultiheadAttention, block.attn if hasattr(block, "attn") else block.self_attn)
-    if attention.training and attention.dropout:
-        return None
-    return _of_open_clip(block) if isinstance(block, ResidualAttentionBlock) else _of_torch(block)
+    if is_plain(block, ResidualAttentionBlock):
+        return _of_open_clip(block)
+    return _of_torch(block) if is_plain(block, nn.TransformerEncoderLayer) else None
 
 
-def is_standard(block: nn.Module) -> bool:
-    """Whether a module is a block of open_clip or PyTorch with softmax attention over one fused projection."""
-    attention: Any
-    if type(block) is ResidualAttentionBlock and not hasattr(block, "ln_1_kv"):
-        attention = block.attn
-    elif type(block) is nn.TransformerEncoderLayer:
-        attention = block.self_attn
-    else:
-        return False
+def has_fused_projection(attention: Any) -> bool:
+    """Whether an `nn.MultiheadAttention` is softmax attention over one fused projection."""
     return attention.in_proj_weight is not None and attention.bias_k is None and not attention.add_zero_attn
 
 
-def _of_open_clip(block: ResidualAttentionBlock) -> Layer:
-    attention, mlp = block.attn, cast(Any, block.mlp)
-    return Layer(
-        heads=attention.num_heads,
-        norm_first=True,
-        norm_attention=block.ln_1,
-        norm_mlp=block.ln_2,
-        qkv=(attention.in_proj_weight, attention.in_proj_bias),
-        out=attention.out_proj,
-        expand=mlp.c_fc,
-        activation=mlp.gelu,
-        contract=mlp.c_proj,
-        after_attention=None if isinstance(block.ls_1, nn.Identity) else block.ls_1,
-        after_mlp=None if isinstance(block.ls_2, nn.Identity) else block.ls_2,
+def _of_open_clip(block: nn.Module) -> Layer | None:
+    parts: dict[str, Any] = block._modules
+    mlp, scales = parts["mlp"], (parts["ls_1"], parts["ls_2"])
+    if "ln_1_kv" in parts or not is_plain(mlp, nn.Sequential) or tuple(mlp._modules) != ("c_fc", "gelu", "c_proj"):
+        return None
+    expand, activation, contract = mlp._modules.values()
+    norms = parts["ln_1"], parts["ln_2"]
+    if not all(is_plain(scale, nn.Identity, LayerScale) for scale in scales):
+        return None
+    after_attention, after_mlp = (None if type(scale) is nn.Identity else scale for scale in scales)
+    return _layer(
+        parts["attn"], True, norms, expand, activation, contract, after_attention=after_attention, after_mlp=after_mlp
     )
 
 
-def _of_torch(block: Any) -> Layer:
-    attention, training = block.self_attn, block.training
-    return Layer(
-        heads=attention.num_heads,
-        norm_first=block.norm_first,
-        norm_attention=block.norm1,
-        norm_mlp=block.norm2,
-        qkv=(attention.in_proj_weight, attention.in_proj_bias),
-        out=attention.out_proj,
-        expand=block.linear1,
-        activation=block.activation,
-        contract=block.linear2,
-        after_attention=block.dropout1 if training and block.dropout1.p else None,
-        after_mlp=block.dropout2 if training and block.dropout2.p else None,
-        inside_mlp=block.dropout if training and block.dropout.p else None,
+def _of_torch(block: Any) -> Layer | None:
+    drops = (block.dropout, block.dropout1, block.dropout2)
+    # PyTorch reads the weights of these two in evaluation, whatever they are
+    if not is_linear(block.linear1) or not is_linear(block.linear2):
+        return None
+    if not all(is_plain(drop, nn.Dropout) for drop in drops) or is_low_rank_attention(block.self_attn):
+        return None
+    inside, after_attention, after_mlp = (drop if drop.training and drop.p else None for drop in drops)
+    return _layer(
+        *(
+            block.self_attn,
+            block.norm_first,
+            (block.norm1, block.norm2),
+            block.linear1,
+            block.activation,
+            block.linear2,
+        ),
+        after_attention=after_attention,
+        after_mlp=after_mlp,
+        inside_mlp=inside,
     )
+
+
+def _layer(
+    attention: Any,
+    norm_first: bool,
+    norms: tuple[nn.Module, nn.Module],
+    expand: nn.Module,
+    activation: Callable[[Tensor], Tensor],
+    contract: nn.Module,
+    **after: Callable[[Tensor], Tensor] | None,
+) -> Layer | None:
+    """The layer of these parts, or None where one of them is not what it has to be."""
+    low_rank = is_low_rank_attention(attention)
+    if not low_rank and not is_plain(attention, nn.MultiheadAttention):
+        return None
+    if not has_fused_projection(attention) or (attention.training and attention.dropout):
+        return None
+    if not (is_norm(norms[0]) and is_norm(norms[1]) and is_activation(activation)):
+        return None
+    products = [weights_of(module) for module in (expand, contract)]
+    if not all(isinstance(product, Weights) or acts_on_tokens(product) for product in products):
+        return None
+    read = _merged(attention) if low_rank else _read(attention)
+    weights = [*read, *(product for product in products if isinstance(product, Weights))]
+    if not all(is_ordinary(*part) for part in weights):
+        return None
+    return Layer(attention.num_heads, norm_first, *norms, *read, products[0], activation, products[1], **after)
+
+
+def weights_of(module: nn.Module) -> Weights | nn.Module:
+    """What a linear module multiplies by, or the module itself where it has to be called."""
+    if is_plain(module, nn.Linear):
+        return Weights(module.weight, module.bias)  # type: ignore[arg-type]
+    return module
+
+
+def run_linear(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, by a layout of its weight where it is linear and has one."""
+    return _product(None, x, weights_of(module))
+
+
+def _read(attention: Any) -> tuple[Weights, Weights]:
+    """The projections of an `nn.MultiheadAttention`, which reads its `out_proj` and does not call it."""
+    qkv = Weights(attention.in_proj_weight, attention.in_proj_bias)
+    return qkv, Weights(attention.out_proj.weight, attention.out_proj.bias)
+
+
+def _merged(attention: Any) -> tuple[Weights, Weights]:
+    """The projections with the adapters of peft's `lora.MultiheadAttention`, merged for a moment as it does itself."""
+    attention.merge(adapter_names=[name for name in attention.active_adapters if name in attention.lora_A])
+    try:
+        return _read(attention.base_layer)
+    finally:
+        if attention.merged:
+            attention.unmerge()
+
+
+Runs = Callable[[Tensor, Rows, bool, Queries | None], Tensor]
+"""A `Layer`, or a module that is called as one."""
 
 
 def run_layers(
-    layers: Iterable[Layer],
+    layers: Iterable[Runs],
     x: Tensor,
     rows: Rows,
     causal: bool = False,
@@ -273,7 +356,7 @@ def _parts(x: Tensor, rows: Rows) -> list[tuple[int, int]]:
 
 
 def _run_layers(
-    layers: list[Layer], x: Tensor, rows: Rows, causal: bool, queries: Queries | None, checkpointing: bool
+    layers: list[Runs], x: Tensor, rows: Rows, causal: bool, queries: Queries | None, checkpointing: bool
 ) -> Tensor:
     for index, layer in enumerate(layers):
         wanted = queries if index == len(layers) - 1 else None

@@ -20,8 +20,7 @@ from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.tokenizer import OpenClipTokenizer, Tokenizer
 from cmaclip_fast.distinct import distinct_images, distinct_texts
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.layers import Queries, Rows
-from cmaclip_fast.layouts import linear
+from cmaclip_fast.layers import Queries, Rows, run_linear
 from cmaclip_fast.modules import ModalityAttention, Projection, SequenceAttention
 from cmaclip_fast.ops import pack_tokens
 from cmaclip_fast.pretrained import HuggingFaceText, TimmImage, with_other_towers
@@ -218,7 +217,7 @@ class CMACLIP(System):
         starts, counts = rows.starts, rows.cu_seqlens.diff()
         if texts is not None:
             starts, counts = starts[texts.of_row], counts[texts.of_row]
-        values = linear(packed, self.text_projection.weight, self.text_projection.bias)
+        values = run_linear(self.text_projection, packed)
         return _Tokens(values, starts, counts, rows.longest)
 
     def _image_tokens(self, batch: Batch, once: bool) -> _Tokens:
@@ -228,7 +227,7 @@ class CMACLIP(System):
         tokens = self.image_tower(batch.images if images is None else batch.images[images.rows])
         length = tokens.shape[1]
         of_row = torch.arange(len(batch), device=tokens.device) if images is None else images.of_row
-        values = linear(tokens.flatten(0, 1), self.image_projection.weight, self.image_projection.bias)
+        values = run_linear(self.image_projection, tokens.flatten(0, 1))
         return _Tokens(values, of_row * length, torch.full_like(of_row, length), length)
 
     def _no_tokens(self, batch: Batch) -> _Tokens:

@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cmaclip_fast.layers import Layer, Queries, Rows, run_layers
-from cmaclip_fast.ops import modality_pool
+from cmaclip_fast.layers import Layer, Queries, Rows, Weights, run_layers, weights_of
+from cmaclip_fast.ops import modality_pool, packed_attention
+from cmaclip_fast.plain import classes_are_plain, is_activation, is_norm, is_ordinary, is_plain
 
 
 class SequenceLayer(nn.Module):
@@ -26,17 +27,36 @@ class SequenceLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width))
         self.dropout = nn.Dropout(dropout)
 
-    def layer(self) -> Layer:
-        """This layer, as it is run."""
-        expand, activation, inside, contract = cast(Any, self.mlp)
+    def forward(self, x: Tensor, rows: Rows, causal: bool = False, queries: Queries | None = None) -> Tensor:
+        """`x [T, D]` -> `[T, D]`, or `[Q, D]`: for the queries alone."""
+        layer = self._layer()
+        return self._by_modules(x, rows, causal, queries) if layer is None else layer(x, rows, causal, queries)
+
+    def _layer(self) -> Layer | None:
+        """This layer with its weights, or None where something was added to one of its modules."""
+        parts = list(self.mlp._modules.values())
+        if not is_plain(self.mlp, nn.Sequential) or len(parts) != 4 or not classes_are_plain():
+            return None
+        expand, activation, inside, contract = cast(Any, parts)
+        products = [weights_of(product) for product in (self.qkv, self.out, expand, contract)]
+        fits = (
+            all(isinstance(product, Weights) and is_ordinary(*product) for product in products)
+            and is_norm(self.norm_attention)
+            and is_norm(self.norm_mlp)
+            and is_activation(activation)
+            and all(is_plain(drop, nn.Dropout) for drop in (self.dropout, inside))
+        )
+        if not fits:
+            return None
+        qkv, out, expand, contract = cast(Any, products)
         drops = self.training and self.dropout.p > 0
         return Layer(
             heads=self.heads,
             norm_first=True,
             norm_attention=self.norm_attention,
             norm_mlp=self.norm_mlp,
-            qkv=(self.qkv.weight, self.qkv.bias),
-            out=self.out,
+            qkv=qkv,
+            out=out,
             expand=expand,
             activation=activation,
             contract=contract,
@@ -44,6 +64,18 @@ class SequenceLayer(nn.Module):
             after_mlp=self.dropout if drops else None,
             inside_mlp=inside if drops else None,
         )
+
+    def _by_modules(self, x: Tensor, rows: Rows, causal: bool, queries: Queries | None) -> Tensor:
+        """The same with each module called, for those that were replaced or have hooks."""
+        q, k, v = self.qkv(self.norm_attention(x)).view(len(x), 3, self.heads, -1).unbind(1)
+        of_queries = rows
+        if queries is not None:
+            q, x, of_queries = q[queries.index], x[queries.index], queries.rows
+        attended, _ = packed_attention(
+            *(q, k, v, of_queries.cu_seqlens, rows.cu_seqlens, of_queries.longest, rows.longest), causal=causal
+        )
+        x = x + self.dropout(self.out(attended.flatten(1)))
+        return x + self.dropout(self.mlp(self.norm_mlp(x)))
 
     def attention_weights(self, x: Tensor, rows: Rows) -> list[Tensor]:
         """The softmax of this layer, averaged over heads: one `[n, n]` a row (queries, keys)."""
@@ -72,8 +104,7 @@ class SequenceAttention(nn.Module):
 
     def forward(self, packed: Tensor, rows: Rows, queries: Queries | None = None) -> Tensor:
         """`packed [T, D]` -> `[T, D]`, or `[Q, D]`: the last layer is computed for the queries alone."""
-        layers = [cast(SequenceLayer, layer).layer() for layer in self.layers]
-        return run_layers(layers, packed, rows, queries=queries, checkpointing=self.checkpointing)
+        return run_layers(self.layers, packed, rows, queries=queries, checkpointing=self.checkpointing)
 
     def forward_with_weights(
         self, packed: Tensor, rows: Rows, queries: Queries | None = None
@@ -81,10 +112,10 @@ class SequenceAttention(nn.Module):
         """As `forward`, and the last layer's attention, averaged over heads and without gradients: one `[n, n]` a row
         (queries, keys)."""
         *before, last = (cast(SequenceLayer, layer) for layer in self.layers)
-        x = run_layers([layer.layer() for layer in before], packed, rows, checkpointing=self.checkpointing)
+        x = run_layers(before, packed, rows, checkpointing=self.checkpointing)
         with torch.no_grad():
             weights = last.attention_weights(x, rows)
-        return run_layers([last.layer()], x, rows, queries=queries, checkpointing=self.checkpointing), weights
+        return run_layers([last], x, rows, queries=queries, checkpointing=self.checkpointing), weights
 
 
 class Projection(nn.Linear):

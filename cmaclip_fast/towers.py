@@ -7,7 +7,7 @@ A causal tower computes nothing after a text's end; one that reads its padding a
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,16 @@ from cmaclip_fast.errors import InputError
 from cmaclip_fast.layers import Layer, Queries, Rows, layer_of, run_layers
 from cmaclip_fast.modes import evaluation_copy
 from cmaclip_fast.ops import unpad
+from cmaclip_fast.plain import (
+    can_be_packed,
+    classes_are_plain,
+    has_own_methods,
+    is_bare,
+    is_norm,
+    is_plain,
+    stock_class,
+)
+from cmaclip_fast.tiny import SubwordEmbedding
 
 
 class ImageTower(Protocol):
@@ -96,8 +106,10 @@ class ViTImageTower(nn.Module):
 
     def global_tokens(self, images: Tensor) -> Tensor:
         visual = self.visual
-        layers = layers_of(visual.transformer)
-        if layers is None or visual.attn_pool is not None or visual.pool_type != "tok":
+        if not is_bare(self) or has_own_methods(visual) or visual.attn_pool is not None or visual.pool_type != "tok":
+            return self(images)[:, 0]
+        layers = layers_of(visual.transformer, images, visual.ln_post)
+        if layers is None:
             return self(images)[:, 0]
         x = visual._embeds(images)
         rows = Rows.equal(len(x), x.shape[1], x.device)
@@ -109,17 +121,40 @@ class ViTImageTower(nn.Module):
         return global_token if self.visual.proj is None else global_token @ self.visual.proj
 
 
-def layers_of(transformer: Transformer) -> list[Layer] | None:
-    """The layers of an open_clip transformer, or None where one is of a kind that `layer_of` does not know."""
-    layers = [layer_of(block) for block in transformer.resblocks]
-    return None if None in layers else cast(list[Layer], layers)
+def layers_of(
+    transformer: Transformer, x: Tensor, norm: nn.Module | None = None, embedding: nn.Module | None = None
+) -> list[Layer] | None:
+    """The layers of an open_clip transformer, or None where packed tokens would not give the same.
+
+    Args:
+        x: what the tower is given.
+        norm, embedding: the modules before and after it that see packed tokens too.
+    """
+    if not can_be_packed(x) or (norm is not None and not is_norm(norm)):
+        return None
+    if embedding is not None and not is_plain(embedding, nn.Embedding, SubwordEmbedding):
+        return None
+    if not classes_are_plain() or stock_class(transformer) is not Transformer or not is_bare(transformer):
+        return None
+    layers: list[Layer] = []
+    for block in transformer.resblocks:
+        layer = layer_of(block)
+        if layer is None:
+            return None
+        layers.append(layer)
+    return layers
 
 
 def run_dense(transformer: Transformer, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """An open_clip transformer over `x [B, N, W]` without padding, by the fused operators where it can be."""
-    layers = layers_of(transformer) if mask is None and transformer.batch_first else None
+    layers = layers_of(transformer, x) if mask is None and transformer.batch_first and x.ndim == 3 else None
     if layers is None:
         return transformer(x, attn_mask=mask)
+    return run_dense_layers(transformer, layers, x)
+
+
+def run_dense_layers(transformer: Transformer, layers: list[Layer], x: Tensor) -> Tensor:
+    """The layers of `transformer` over `x [B, N, W]`, all of it tokens."""
     rows = Rows.equal(len(x), x.shape[1], x.device)
     return run_layers(layers, x.flatten(0, 1), rows, checkpointing=transformer.grad_checkpointing).view_as(x)
 
@@ -226,6 +261,9 @@ class ClipTextTower(nn.Module):
         return dense, lengths
 
     def packed(self, tokens: Tensor, lengths: Tensor, capacity: int | None = None) -> tuple[Tensor, Rows]:
+        if not is_bare(self):  # hooks are called with all tokens
+            dense, counts = self(tokens, lengths)
+            return pack_dense(dense, counts.where(lengths > 0, 0), capacity)
         if not self.stops_at_end:
             dense, counts = self._dense(tokens, lengths)
             return pack_dense(dense, counts.where(lengths > 0, 0), capacity)
@@ -233,7 +271,7 @@ class ClipTextTower(nn.Module):
 
     def global_tokens(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         lengths = lengths.clamp(min=1)
-        if not self.stops_at_end or self.global_first:
+        if not self.stops_at_end or self.global_first or not is_bare(self):
             dense, counts = self(tokens, lengths)
             return dense[torch.arange(len(dense), device=dense.device), counts.long() - 1]
         return self._causal(tokens, lengths, None, only_global=True)[0]
@@ -246,7 +284,9 @@ class ClipTextTower(nn.Module):
 
     def _causal(self, tokens: Tensor, lengths: Tensor, capacity: int | None, only_global: bool) -> tuple[Tensor, Rows]:
         text = self.text
-        layers = layers_of(text.transformer)
+        layers = layers_of(text.transformer, tokens, text.ln_final, text.token_embedding)
+        if has_own_methods(text):
+            layers = None
         if capacity is None:
             tokens = tokens[:, : _longest(tokens, lengths)]
         x, mask = text._embeds(tokens)
@@ -286,7 +326,7 @@ _unpad_uncompiled = torch.compiler.disable(unpad)
 
 def _longest(tokens: Tensor, lengths: Tensor) -> int:
     """How many tokens the longest text has, at least 1; a compiled graph, which cannot look, takes all there are."""
-    return tokens.shape[1] if torch.compiler.is_compiling() else max(1, int(lengths.max()))
+    return tokens.shape[1] if torch.compiler.is_compiling() or not len(tokens) else max(1, int(lengths.max()))
 
 
 class HuggingFaceTextTower(nn.Module):

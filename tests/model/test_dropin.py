@@ -11,6 +11,7 @@ from families import CONTEXT, END, classic, image_kind, make_tokens, small, text
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cmaclip_fast import layers
 from cmaclip_fast.dropin import accelerate, is_accelerated, restore
 from cmaclip_fast.errors import InputError
 
@@ -70,15 +71,23 @@ def test_a_whole_clip_gives_the_same_pair_of_features() -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_only_the_tokens_that_are_read_are_computed() -> None:
+def tokens_of_mlps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many packed tokens go through the MLP of each layer that is run fast, as they come."""
+    seen: list[int] = []
+    process = layers.Layer._process
+    monkeypatch.setattr(layers.Layer, "_process", lambda layer, x, norm: seen.append(len(x)) or process(layer, x, norm))
+    return seen
+
+
+def test_only_the_tokens_that_are_read_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = accelerate(classic("ViT-B-32")).eval()
     images, tokens = inputs(model)
-    seen: dict[str, list[int]] = {"text": [], "image": []}
-    for side, transformer in (("text", model.transformer), ("image", model.visual.transformer)):
-        for block in transformer.resblocks:
-            block.ln_2.register_forward_hook(lambda _, x, __, side=side: seen[side].append(len(x[0].flatten(0, -2))))
-    features(model, images, tokens)
-    assert seen == {"text": [sum(LENGTHS), 4], "image": [4 * 10, 4]}
+    seen = tokens_of_mlps(monkeypatch)
+    model.encode_image(images)
+    assert seen == [4 * 10, 4]
+    seen.clear()
+    model.encode_text(tokens)
+    assert seen == [sum(LENGTHS), 4]
 
 
 def encoder(norm_first: bool, norm: bool = True, **options) -> nn.TransformerEncoder:
