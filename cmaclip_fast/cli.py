@@ -718,7 +718,7 @@ def _options(
     model: dict[str, Any] = {}
     training: dict[str, Any] = {}
     own = {"name", "seed", "workers", "mixed_precision", "sequence_attention", "modality_attention", "vectors"}
-    known = {*fields, *TrainingConfig.model_fields} - own - {"text_tower", "image_tower"}
+    known = {*fields, *TrainingConfig.model_fields} - own - {"text_tower", "image_tower", "clip"}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or name not in known:

@@ -172,7 +172,10 @@ class TimmImageTower(nn.Module):
         was_training = visual.training
         with torch.no_grad():
             visual.eval()
-            self.width = self(torch.zeros(1, 3, *visual.image_size)).shape[-1]
+            # shapes alone are computed, whatever the size of the pictures
+            state = {k: v.to("meta") for k, v in (*self.named_parameters(), *self.named_buffers())}
+            picture = torch.zeros(1, 3, *visual.image_size, device="meta")
+            self.width = torch.func.functional_call(self, state, (picture,)).shape[-1]
         visual.train(was_training)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import shutil
@@ -23,6 +22,7 @@ from cmaclip_fast.artifact import (
     THRESHOLDS,
     DataColumns,
     load_config,
+    load_metrics,
     partial_directory,
     save_model,
     whole_directory,
@@ -214,8 +214,8 @@ def _check_output(run: TrainingRun) -> Result | None:
     if run.output.exists():
         if run.resume and (run.output / METRICS).is_file():
             load_config(run.output)
-            metrics = json.loads((run.output / METRICS).read_text(encoding="utf-8"))
-            return Result(run.output, metrics["test"], metrics["seconds"])
+            metrics = load_metrics(run.output)
+            return Result(run.output, metrics.test, metrics.seconds)
         if not run.overwrite:
             raise InputError(f"{run.output}: exists already: name another --output, or pass --overwrite to replace it")
     partial = partial_directory(run.output)

@@ -19,8 +19,8 @@ from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
-from PIL import Image
 
+from cmaclip_fast.data.images import image_suffixes
 from cmaclip_fast.data.named import NAMED, PUBLIC, Columns
 from cmaclip_fast.errors import InputError
 
@@ -126,7 +126,7 @@ def read_folder(folder: Path) -> datasets.Dataset:
     Raises:
         InputError: no picture is there, or a metadata file names a picture that is not.
     """
-    known = Image.registered_extensions()
+    known = image_suffixes()
     pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and p.is_file())
     if not pictures:
         tables = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS)
