@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar
 
 import open_clip
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -47,6 +47,8 @@ WEIGHTS, CONFIG, THRESHOLDS, METRICS = "model.safetensors", "config.json", "thre
 
 Content = TypeVar("Content", bound=BaseModel)
 Name = Annotated[str, Field(min_length=1)]
+Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+HEADLINE = {"accuracy", "macro_f1", "recall_at_precision", "rows"}
 
 
 class DataColumns(BaseModel):
@@ -116,8 +118,17 @@ class ArtifactConfig(BaseModel):
 class Metrics(BaseModel):
     """What is read again of `metrics.json`: for each view of the test rows each task's numbers, and the time spent."""
 
-    test: dict[str, dict[str, dict[str, float | None]]]
+    test: dict[str, dict[str, dict[str, Measured]]]
     seconds: float
+
+    @field_validator("test")
+    @classmethod
+    def _are_headlines(cls, test: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
+        tasks = [set(view) for view in test.values()]
+        named = all(numbers.keys() >= HEADLINE for view in test.values() for numbers in view.values())
+        if not tasks or not tasks[0] or any(other != tasks[0] for other in tasks) or not named:
+            raise ValueError(f"does not have {', '.join(sorted(HEADLINE))} of each task in each view")
+        return test
 
 
 def versions() -> dict[str, str]:
@@ -245,7 +256,7 @@ def _build(config: ArtifactConfig, header: Header, weights: Path) -> System:
         InputError: the configuration is not one that can be built, or not that of the weights.
     """
     system, _ = find_system(config.system)
-    name = config.model.get("name", "tiny")
+    name = str(config.model.get("name", "tiny"))
     settings = system_config(system, name, config.model)
     for field in ("text_tower", "image_tower"):
         if isinstance(getattr(settings, field, None), str):

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from rich.console import Console
 
 from cmaclip_fast.artifact import CONFIG, WEIGHTS, load_model, partial_directory
 from cmaclip_fast.data.check import RowPolicy, tally, usable_rows
@@ -30,7 +29,7 @@ from cmaclip_fast.evaluation import run
 from cmaclip_fast.files import check_output_file, note_settings
 from cmaclip_fast.layouts import lay_out
 from cmaclip_fast.prediction import Prediction, output_schema, read_output
-from cmaclip_fast.progress import rate_bar
+from cmaclip_fast.progress import Console, rate_bar
 from cmaclip_fast.systems.base import System
 
 Engine = Literal["local", "ray"]

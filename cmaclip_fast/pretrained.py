@@ -191,7 +191,7 @@ def rebuild_open_clip(config: Any, modalities: tuple[bool, bool]) -> CustomTextC
     """The model that `config.clip` tells of, with random weights; nothing but `config` is read.
 
     Args:
-        modalities: whether text and image are read; a tower that is not, or that another will replace, is a placeholder.
+        modalities: whether text and image are read; a tower that is not, or that another will replace, is a stub.
 
     Raises:
         InputError: the configuration names what is elsewhere.

@@ -67,6 +67,8 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
         if content.count(b",") > MAX_JSON_VALUES:
             raise ValueError(f"more than {MAX_JSON_VALUES:,} values")
         found = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+        if b"\\u" in content:
+            json.dumps(found, ensure_ascii=False).encode()  # raises at half of a surrogate pair
     except RecursionError:
         raise InputError(f"{path}: is nested too deep: restore it, or train again") from None
     except ValueError as error:

@@ -107,7 +107,7 @@ def tokenizer_from_dict(state: dict[str, Any]) -> Tokenizer:
         "open_clip": OpenClipTokenizer,
         "trained": TrainedTokenizer,
     }
-    if state.get("type") not in known:
+    if str(state.get("type")) not in known:
         raise InputError(
             f"tokenizer type '{state.get('type')}' is unknown; use a version of cmaclip_fast that knows it"
         )
