@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +93,21 @@ def change_config(folder: Path, change: Change) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     change(config)
     path.write_text(json.dumps(config), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def at_most(megabytes: int, seconds: float) -> Iterator[None]:
+    """Fails where the block takes longer, or where the process grows by more."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+    before, start = peak(), time.perf_counter()
+    yield
+    assert time.perf_counter() - start < seconds
+    assert peak() - before < megabytes * 1024, f"it took more than {megabytes} MB"
+
+
+def peak() -> int:
+    """The most memory that the process had, in KB."""
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found.group(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import sysconfig
@@ -39,10 +40,8 @@ def main(folders: list[str]) -> None:
     from cmaclip_fast.errors import InputError
     from cmaclip_fast.types import Batch
 
-    try:
+    with contextlib.suppress(ImportError):
         import transformers  # noqa: F401
-    except ImportError:
-        pass
     watch(folders)
     for folder in folders:
         try:

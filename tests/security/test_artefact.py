@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from cmaclip_fast import InputError
 from cmaclip_fast.artifact import load_config, load_metrics, load_model
 from tests.systems.conftest import NAMES
 
-from .conftest import Change, change_config
+from .conftest import Change, at_most, change_config
 
 KINDS = [*NAMES, "open_clip, cma-clip", "open_clip, bert", "open_clip, vit", "open_clip, coca", "timm"]
 KINDS += ["Hugging Face", "Hugging Face in open_clip"]
@@ -30,11 +29,8 @@ REFUSED = "one line, exit 2"
 
 def refused(folder: Path, *words: str, file: str = "config.json", seconds: float = 5.0) -> None:
     """Loading ends in one line that names the file, soon and without much memory."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    with pytest.raises(InputError) as caught:
+    with at_most(200, seconds), pytest.raises(InputError) as caught:
         load_model(folder)
-    assert time.perf_counter() - start < seconds
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024, "it took more than 200 MB"
     said = str(caught.value)
     assert file in said and "\n" not in said and len(said) < 1000
     for word in words:
@@ -246,6 +242,8 @@ def test_a_wrong_value_in_any_field(kind: str, artefacts: dict[str, Path], tmp_p
     whole = json.loads((artefacts[kind] / "config.json").read_text(encoding="utf-8"))
     slowest, tried = 0.0, 0
     for path in places(whole):
+        if kind == "Hugging Face in open_clip" and path[:3] != ("model", "clip", "text"):
+            continue
         if kind != "cma-clip" and path[0] not in ("model", "tokenizer"):
             continue
         for value in WRONG if kind == "cma-clip" else WRONG[tried % 5 :: 5]:
