@@ -20,7 +20,6 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from rich.console import Console
 
 from cmaclip_fast import signals
 from cmaclip_fast.artifact import CONFIG, FILES, WEIGHTS, versions
@@ -34,7 +33,7 @@ from cmaclip_fast.data.table import Table
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import run
 from cmaclip_fast.files import check_output_file, replacing
-from cmaclip_fast.progress import rate_bar
+from cmaclip_fast.progress import Console, rate_bar
 from cmaclip_fast.working import WorkingFolder
 
 Engine = Literal["local", "ray"]

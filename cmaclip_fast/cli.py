@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table as RichTable
 
 from cmaclip_fast import signals
-from cmaclip_fast.errors import InputError
+from cmaclip_fast.errors import InputError, one_line
+from cmaclip_fast.progress import Console
 
 if TYPE_CHECKING:
     from cmaclip_fast.artifact import ArtifactConfig
@@ -38,8 +38,8 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at data sets and build them.", no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(data_app, name="data")
 
-out = Console(markup=False)
-err = Console(markup=False, stderr=True)
+out = Console()
+err = Console(stderr=True)
 
 
 class BadRows(str, Enum):
@@ -549,7 +549,7 @@ def bench(
     try:
         benchmark(options, err)
     except BenchmarkError as error:
-        err.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
+        err.print(f"error: {one_line(str(error))}", soft_wrap=True, highlight=False, markup=False)
         raise typer.Exit(1) from None
     out.print((output / "performance.md").read_text(encoding="utf-8"), soft_wrap=True, highlight=False)
 
@@ -722,7 +722,7 @@ def _options(
     model: dict[str, Any] = {}
     training: dict[str, Any] = {}
     own = {"name", "seed", "workers", "mixed_precision", "sequence_attention", "modality_attention", "vectors"}
-    known = {*fields, *TrainingConfig.model_fields} - own - {"text_tower", "image_tower"}
+    known = {*fields, *TrainingConfig.model_fields} - own - {"text_tower", "image_tower", "clip"}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or name not in known:
@@ -850,7 +850,7 @@ def _exit_code(stop: KeyboardInterrupt | signals.Interrupted) -> int:
 
 
 def _fail(message: str) -> None:
-    err.print(f"error: {message}", soft_wrap=True, highlight=False, markup=False)
+    err.print(f"error: {one_line(message)}", soft_wrap=True, highlight=False, markup=False)
     sys.exit(2)
 
 

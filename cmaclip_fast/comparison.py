@@ -16,7 +16,6 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
 from cmaclip_fast import signals
@@ -38,6 +37,7 @@ from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import Classified, classify
 from cmaclip_fast.explanation import explain
 from cmaclip_fast.files import cannot, write_json
+from cmaclip_fast.progress import Console
 from cmaclip_fast.systems import create_system, find_system
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.training import CHECKPOINT, TrainingRun, mean_weights, train

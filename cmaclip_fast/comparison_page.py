@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from scipy.stats import ttest_ind
 
 from cmaclip_fast.comparison_pictures import save_figure
+from cmaclip_fast.errors import one_line
 from cmaclip_fast.files import replacing, write_json, write_text
 
 PAGE, NUMBERS = "comparison.md", "comparison.json"
@@ -37,12 +38,12 @@ def write_page(records: Sequence[Record], output: Path, command: str, target_pre
     Returns:
         The page.
     """
-    lines = ["# Systems compared", "", f"`{command}`", ""]
+    lines = ["# Systems compared", "", f"`{one_line(command)}`", ""]
     numbers: dict[str, Any] = {"command": command, "target_precision": target_precision, "data": {}}
     for data in _unique(r["data"] for r in records):
         part = [r for r in records if r["data"] == data]
         seeds = _unique(r["seed"] for r in part)
-        lines += [f"## {data}", "", _setting(part[0], seeds), ""]
+        lines += [f"## {_shown(data)}", "", _setting(part[0], seeds), ""]
         numbers["data"][data] = {}
         for metric, title in METRICS.items():
             if metric == "recall_at_precision":
@@ -218,7 +219,12 @@ def _setting(record: Record, seeds: list[int]) -> str:
 
 
 def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(_shown(cell).replace('|', '&#124;') for cell in cells)} |"
+
+
+def _shown(name: str) -> str:
+    """A name from outside as Markdown shows it: in one line, and no tag."""
+    return one_line(name).replace("<", "&lt;")
 
 
 def _table(table: dict[str, dict[str, dict[str, float | None]]]) -> list[str]:
@@ -352,7 +358,7 @@ def _draw_weights(curves: dict[str, dict[str, dict[str, list[Any]]]], path: Path
     for axis, lines in zip(axes, curves.values(), strict=True):
         line = lines[systems[0]]
         for number, (task, weights) in enumerate(line["text_weight"].items()):  # type: ignore[attr-defined]
-            axis.plot(line["levels"], weights, color=_colour(number), marker=".", label=task)
+            axis.plot(line["levels"], weights, color=_colour(number), marker=".", label=f" {one_line(task)}")
         axis.set_ylim(-0.02, 1.02)
         axis.set_ylabel(f"the text's weight in {systems[0]}")
     _save(figure, axes[0], path)
@@ -380,5 +386,7 @@ def _colour(number: int) -> Any:
 
 def _save(figure: Figure, first: Axes, path: Path) -> None:
     handles, labels = first.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a dollar in a name is a dollar
     save_figure(figure, path)

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cmaclip_fast.errors import one_line, visible
 from cmaclip_fast.files import replacing
 from cmaclip_fast.report import ExampleView, relevant_token
 
@@ -36,9 +37,9 @@ def draw_attention(views: Sequence[ExampleView], path: Path) -> None:
             view.image.size, Image.Resampling.BICUBIC
         )
         axes[1, column].imshow(np.asarray(heat), cmap="inferno", alpha=0.6)
-        title = textwrap.shorten(view.text or "", 2 * CAPTION_WIDTH, placeholder=" …")
-        axes[0, column].set_title(textwrap.fill(title, CAPTION_WIDTH), fontsize=7)
-        axes[1, column].set_title(view.tokens[token], fontsize=8)
+        title = textwrap.shorten(visible(view.text or ""), 2 * CAPTION_WIDTH, placeholder=" …")
+        axes[0, column].set_title(textwrap.fill(title, CAPTION_WIDTH), fontsize=7, parse_math=False)
+        axes[1, column].set_title(one_line(view.tokens[token]), fontsize=8, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path)
 

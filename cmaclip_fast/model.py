@@ -13,17 +13,25 @@ import open_clip
 import torch
 from open_clip.coca_model import CoCa
 from open_clip.model import CustomTextCLIP
+from open_clip.utils import to_2tuple
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from cmaclip_fast.data.preprocess import ImagePreprocessing
-from cmaclip_fast.data.tokenizer import OpenClipTokenizer, Tokenizer
+from cmaclip_fast.data.preprocess import MAX_IMAGE_SIZE, ImagePreprocessing
+from cmaclip_fast.data.tokenizer import MAX_CONTEXT, OpenClipTokenizer, Tokenizer
 from cmaclip_fast.distinct import distinct_images, distinct_texts
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.layers import Queries, Rows, run_linear
 from cmaclip_fast.modules import ModalityAttention, Projection, SequenceAttention
 from cmaclip_fast.ops import pack_tokens
-from cmaclip_fast.pretrained import HuggingFaceText, TimmImage, with_other_towers
+from cmaclip_fast.pretrained import (
+    HuggingFaceText,
+    OpenClipModel,
+    TimmImage,
+    note_open_clip,
+    rebuild_open_clip,
+    with_other_towers,
+)
 from cmaclip_fast.systems import system_config
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.tiny import TinyCLIP
@@ -41,6 +49,7 @@ class ModelConfig(BaseModel):
         text_tower: a folder with a Hugging Face encoder that takes the place of the named model's text tower; once
             built, what such a tower is built from again without that folder.
         image_tower: a timm model's name, with weights if wanted, that takes the place of the image tower.
+        clip: once built, what the named open_clip model is built from again without its name; None for `tiny`.
         width: D, the common width of the fused sequence.
         depth: layers of sequence-wise attention.
         heads: attention heads of each layer; divides `width`.
@@ -58,10 +67,11 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = "ViT-B-32"
-    image_size: int | None = Field(None, gt=0)
-    context_length: int | None = Field(None, gt=2)
+    image_size: int | None = Field(None, gt=0, le=MAX_IMAGE_SIZE)
+    context_length: int | None = Field(None, gt=2, le=MAX_CONTEXT)
     text_tower: str | HuggingFaceText | None = None
     image_tower: str | TimmImage | None = None
+    clip: OpenClipModel | None = None
     width: int = Field(512, gt=0)
     depth: int = Field(4, ge=1)
     heads: int = Field(8, gt=0)
@@ -294,9 +304,17 @@ def create_model(
 
 
 def build_clip(
-    config: Any, tasks: Mapping[str, Sequence[str]], pretrained: str | Path | None, tokenizer: Tokenizer | None
+    config: Any,
+    tasks: Mapping[str, Sequence[str]],
+    pretrained: str | Path | None,
+    tokenizer: Tokenizer | None,
+    modalities: tuple[bool, bool] = (True, True),
 ) -> tuple[Any, Mapping[str, Sequence[str]], CustomTextCLIP | CoCa | TinyCLIP, ImagePreprocessing, Tokenizer]:
-    """What every system is made of: its configuration, completed; tasks; towers; preprocessing and tokenizer."""
+    """What every system is made of: its configuration, completed; tasks; towers; preprocessing and tokenizer.
+
+    Args:
+        modalities: whether the system reads the text, and the image; a model that is built again has no other tower.
+    """
     if config.name == "tiny":
         if pretrained is not None:
             raise InputError("'tiny' has no pretrained weights: leave out --pretrained, or name an open_clip model")
@@ -310,8 +328,13 @@ def build_clip(
             raise InputError(f"model options: {error}") from None
         # white becomes 0, which is also what convolutions pad with
         preprocessing = ImagePreprocessing(size=size, mean=(1.0,) * 3, std=(0.5,) * 3, resize_mode="squash")
+    elif config.clip is not None:
+        assert tokenizer is not None, "an artefact has its tokenizer"
+        clip = rebuild_open_clip(config, modalities)
+        preprocessing = ImagePreprocessing(size=to_2tuple(clip.visual.image_size)[0])  # the artefact has the rest
     else:
         clip = _open_clip_model(config, pretrained)
+        config = config.model_copy(update={"clip": note_open_clip(config, clip)})
         try:
             preprocessing = ImagePreprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(clip))
         except ValueError as error:

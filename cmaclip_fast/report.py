@@ -25,6 +25,7 @@ from matplotlib import colormaps
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from cmaclip_fast.errors import visible
 from cmaclip_fast.files import replacing
 
 LABELLED_CLASSES = 20
@@ -188,11 +189,17 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(share=_share, count=_count, percent=_percent, soft=_soft)
     return environment
+
+
+def _shown(value: Any) -> Any:
+    """What a template writes, without characters that a reader's browser or editor would obey."""
+    return type(value)(visible(value)) if isinstance(value, str) else value
 
 
 def _render(template: str, **values: Any) -> str:

@@ -206,7 +206,9 @@ class TimmImageTower(nn.Module):
         self.visual = visual
         self.grid: tuple[int, int] | None = None
         with torch.no_grad():
-            self.width = self._tokens(evaluation_copy(visual), torch.zeros(1, 3, *visual.image_size)).shape[-1]
+            # shapes alone are computed, whatever the size of the pictures
+            picture = torch.zeros(1, 3, *visual.image_size, device="meta")
+            self.width = self._tokens(evaluation_copy(visual, device="meta"), picture).shape[-1]
 
     def forward(self, images: Tensor) -> Tensor:
         return self._tokens(self.visual, images)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from cmaclip_fast.artifact import (
     FILES,
@@ -39,12 +38,13 @@ from cmaclip_fast.data.named import absolute
 from cmaclip_fast.data.split import split_table
 from cmaclip_fast.data.table import Table
 from cmaclip_fast.data.tokenizer import Tokenizer, TrainedTokenizer
-from cmaclip_fast.errors import InputError
+from cmaclip_fast.errors import InputError, one_line
 from cmaclip_fast.evaluation import VIEWS, Classified, classify
 from cmaclip_fast.explanation import explain
 from cmaclip_fast.files import cannot, status_of, write_json
 from cmaclip_fast.fitting import TINY_TRAINING, Progression, TrainingConfig, fit
 from cmaclip_fast.metrics import TaskMetrics, micro_curve
+from cmaclip_fast.progress import Console
 from cmaclip_fast.report import ReportView, TaskView, render_report
 from cmaclip_fast.systems import build_system, find_system, system_config
 from cmaclip_fast.systems.base import System
@@ -452,7 +452,7 @@ def gallery_rows(answers: Classified, number: int = GALLERY) -> tuple[list[int],
 def _log_file(path: Path, console: Console) -> Iterator[None]:
     """Sends this package's log to `path`, and its lines to the console."""
     handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_OneLine("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     echo = _ConsoleHandler(console)
     level, propagates = log.level, log.propagate
     log.setLevel(logging.INFO)
@@ -486,4 +486,9 @@ class _ConsoleHandler(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.console.print(record.getMessage(), highlight=False, markup=False)
+        self.console.print(one_line(record.getMessage()), highlight=False, markup=False)
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))

@@ -401,7 +401,7 @@ def test_maps_that_are_not_finite(tmp_path: Path) -> None:
 
 
 def test_lone_surrogate_does_not_cost_the_page(tmp_path: Path) -> None:
-    assert "a?b" in report(replace(view(), title="a\ud800b"), tmp_path)
+    assert r"a\ud800b" in report(replace(view(), title="a\ud800b"), tmp_path)
 
 
 def test_write_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

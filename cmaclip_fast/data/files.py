@@ -18,8 +18,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
+from cmaclip_fast.data.images import image_suffixes
 from cmaclip_fast.data.named import NAMED, PUBLIC, Columns
 from cmaclip_fast.data.values import as_text, is_text
 from cmaclip_fast.errors import InputError
@@ -142,7 +142,7 @@ def read_folder(folder: Path) -> Rows:
     Raises:
         InputError: no picture is there, or a metadata file names a picture that is not.
     """
-    known = Image.registered_extensions()
+    known = image_suffixes()
     pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and p.is_file())
     if not pictures:
         tables = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS)

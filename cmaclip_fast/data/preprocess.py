@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,11 @@ _RESIZE_MODES = {"squash": "squash", "shortest": "shortest-crop", "longest": "lo
 _LONGEST = 256
 """How many times as long as it is wide a picture is resized whole, before its middle is cut out."""
 
-Triple = tuple[float, float, float]
+MAX_IMAGE_SIZE = 4096
+"""Pixels a side, at most, of what a tower reads."""
+
+Channel = Annotated[float, Field(ge=-1e3, le=1e3)]
+Triple = tuple[Channel, Channel, Channel]
 
 
 class ImagePreprocessing(BaseModel):
@@ -35,7 +39,7 @@ class ImagePreprocessing(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    size: int = Field(224, ge=1)
+    size: int = Field(224, ge=1, le=MAX_IMAGE_SIZE)
     mean: Triple = OPENAI_DATASET_MEAN
     std: Triple = OPENAI_DATASET_STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
@@ -45,7 +49,15 @@ class ImagePreprocessing(BaseModel):
     @field_validator("background")
     @classmethod
     def _is_colour(cls, value: str) -> str:
-        ImageColor.getrgb(value)
+        if max(ImageColor.getrgb(value)) > 255:
+            raise ValueError(f"{value} is no colour: channels go to 255")
+        return value
+
+    @field_validator("std")
+    @classmethod
+    def _divides(cls, value: Triple) -> Triple:
+        if min(value) < 1e-6:
+            raise ValueError("must be over 0")
         return value
 
     @classmethod

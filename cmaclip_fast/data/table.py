@@ -135,6 +135,7 @@ class Table:
         if source is None:
             return None
         try:
+            self._check_inside(index, source)
             return read_image(source, self._source.max_image_pixels, background)
         except ImageProblem as problem:
             raise InputError(self.describe_image_problem(index, problem)) from problem
@@ -151,6 +152,7 @@ class Table:
         if source is None:
             return None
         try:
+            self._check_inside(index, source)
             verify_image(source, self._source.max_image_pixels)
         except ImageProblem as problem:
             return problem
@@ -238,8 +240,22 @@ class Table:
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and value.strip():
-            return self._folder(row) / Path(value).expanduser()
+            return self._folder(row) / os.path.expanduser(value)
         return value or None
+
+    def _check_inside(self, index: int, source: bytes | Path) -> None:
+        """No relative path leads out of the folder it starts from, and no path out of a folder that was named.
+
+        Raises:
+            ImageProblem: this one does.
+        """
+        folder = self._folder(int(self._rows[index]))
+        if isinstance(source, bytes) or Path(os.path.normpath(source)).is_relative_to(os.path.normpath(folder)):
+            return
+        value = self._image_value(index)
+        path = value["path"] if isinstance(value, dict) else value
+        if self._source.image_dir is not None or not os.path.isabs(os.path.expanduser(path)):
+            raise ImageProblem("unreadable_image", f"leads out of '{folder}'; name the folder above as image_dir")
 
     def _folder(self, row: int) -> Path:
         if self._source.image_dir is not None:

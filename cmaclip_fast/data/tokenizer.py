@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import open_clip
 import torch
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, get_clean_fn
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 from torch import Tensor
 
 from cmaclip_fast.data.files import near
 from cmaclip_fast.errors import InputError
+from cmaclip_fast.untrusted import first_problem
 
 Kind = Literal["bpe", "word"]
+SpecialToken = Literal["bos_token", "eos_token", "sep_token", "cls_token", "pad_token", "unk_token", "mask_token"]
+
+MAX_CONTEXT = 4096
+"""The longest context, in tokens, that a tower may have."""
+
+
+class TrainedState(BaseModel):
+    """A `TrainedTokenizer` in an artefact."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["trained"] = "trained"
+    context_length: int = Field(ge=3, le=MAX_CONTEXT)
+    tokenizer: str
+
+
+class OpenClipState(BaseModel):
+    """An `OpenClipTokenizer` in an artefact: all but CLIP's own vocabulary, which open_clip brings.
+
+    Attributes:
+        clean, reduction_mask, strip_sep_token, mode: as open_clip's tokenizers take them.
+        vocabulary: the `tokenizer.json` of a Hugging Face tokenizer inside open_clip; None for CLIP's own.
+        special: its special tokens, by transformers' names for them.
+        padding_side, truncation_side: as transformers has them.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["open_clip"] = "open_clip"
+    context_length: int = Field(ge=3, le=MAX_CONTEXT)
+    clean: Literal["lower", "whitespace", "canonicalize"]
+    reduction_mask: Literal["", "simple", "random", "shuffle", "syntax"] = ""
+    strip_sep_token: bool = False
+    mode: Literal["", "clips"] = ""
+    vocabulary: str | None = None
+    special: dict[SpecialToken, str] = {}
+    padding_side: Literal["left", "right"] = "right"
+    truncation_side: Literal["left", "right"] = "right"
 
 
 class Tokenizer(ABC):
@@ -57,16 +98,57 @@ class Tokenizer(ABC):
 
 
 def tokenizer_from_dict(state: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_dict` told of."""
+    """The tokenizer that `to_dict` told of.
+
+    Raises:
+        InputError: the type is unknown, or a field is missing, unknown or damaged.
+    """
     known: dict[str, type[OpenClipTokenizer] | type[TrainedTokenizer]] = {
         "open_clip": OpenClipTokenizer,
         "trained": TrainedTokenizer,
     }
-    if state.get("type") not in known:
+    if str(state.get("type")) not in known:
         raise InputError(
             f"tokenizer type '{state.get('type')}' is unknown; use a version of cmaclip_fast that knows it"
         )
     return known[state["type"]].from_dict(state)
+
+
+State = TypeVar("State", bound=BaseModel)
+
+
+def checked_state(kind: type[State], state: dict[str, Any]) -> State:
+    """What an artefact says of a tokenizer, checked.
+
+    Raises:
+        InputError: a field is missing, unknown or of a wrong type.
+    """
+    try:
+        return kind.model_validate(state)
+    except ValidationError as error:
+        raise InputError(f"tokenizer, {first_problem(error)}") from None
+
+
+def engine_from(content: str) -> Engine:
+    """A Hugging Face tokenizer from the text of its `tokenizer.json`; it neither pads nor truncates.
+
+    Raises:
+        InputError: the text is none.
+    """
+    try:
+        engine = Engine.from_str(content)
+        engine.no_padding()
+        engine.no_truncation()
+        tokens = engine.get_vocab().values()
+    except BaseException as error:  # tokenizers raises a bare Exception, and a panic of Rust is a BaseException
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise InputError(
+            f"field 'tokenizer': no tokenizer of Hugging Face's ({' '.join(str(error).split())[:200]})"
+        ) from None
+    if not tokens or max(tokens) >= 2 * len(tokens) + 1000:
+        raise InputError("field 'tokenizer': its tokens have numbers far beyond their count")
+    return engine
 
 
 class OpenClipTokenizer(Tokenizer):
@@ -88,8 +170,14 @@ class OpenClipTokenizer(Tokenizer):
             raise InputError(
                 f"the tokenizer of '{name}' cannot be loaded ({cause}); connect, or fetch it once"
             ) from error
-        self.name = name
-        self.context_length = int(self._tokenizer.context_length)
+        config = open_clip.get_model_config(name) or {}
+        self._options: dict[str, Any] = config.get("text_cfg", {}).get("tokenizer_kwargs") or {}
+        self._use(self._tokenizer)
+
+    def _use(self, tokenizer: Any) -> None:
+        """Takes one of open_clip's tokenizers."""
+        self._tokenizer = tokenizer
+        self.context_length = int(tokenizer.context_length)
         if isinstance(self._tokenizer, SimpleTokenizer):
             self.bos, self.eot, self.pad = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id, 0
             self.vocab_size = self._tokenizer.vocab_size
@@ -120,11 +208,33 @@ class OpenClipTokenizer(Tokenizer):
         return [names.get(number) or self._tokenizer.decode([number]).strip() for number in numbers]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"type": "open_clip", "name": self.name, "context_length": self.context_length}
+        kept = {name: self._options[name] for name in ("clean", "reduction_mask") if name in self._options}
+        if isinstance(self._tokenizer, SimpleTokenizer):
+            state = OpenClipState(context_length=self.context_length, **{"clean": "lower", **kept})
+            return state.model_dump(exclude_defaults=True) | {"type": state.type}
+        inner = self._tokenizer.tokenizer
+        state = OpenClipState(
+            context_length=self.context_length,
+            **{"clean": "whitespace", **kept},
+            strip_sep_token=self._tokenizer.strip_sep_token,
+            mode=self._tokenizer.tokenizer_mode,
+            vocabulary=inner.backend_tokenizer.to_str(),
+            special={n: str(getattr(inner, n)) for n in get_args(SpecialToken) if getattr(inner, n) is not None},
+            padding_side=inner.padding_side,
+            truncation_side=inner.truncation_side,
+        )
+        return state.model_dump()
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> OpenClipTokenizer:
-        return cls(state["name"], state["context_length"])
+        read = checked_state(OpenClipState, state)
+        found = cls.__new__(cls)
+        found._options = {"clean": read.clean, "reduction_mask": read.reduction_mask}
+        if read.vocabulary is None:
+            found._use(SimpleTokenizer(context_length=read.context_length, **found._options))
+        else:
+            found._use(_StoredTokenizer(read, engine_from(read.vocabulary)))
+        return found
 
     def _lengths(self, tokens: Tensor) -> Tensor:
         """The place of the end token plus one; where a tokenizer writes none, the tokens that are not padding."""
@@ -132,6 +242,28 @@ class OpenClipTokenizer(Tokenizer):
         is_end[:, 0] = False
         end = is_end.int().argmax(dim=1) + 1
         return torch.where(is_end.any(dim=1), end, (tokens != self.pad).sum(dim=1)).int()
+
+
+class _StoredTokenizer(HFTokenizer):
+    """open_clip's wrapper of a Hugging Face tokenizer, around one that was kept in an artefact."""
+
+    def __init__(self, state: OpenClipState, engine: Engine) -> None:
+        try:
+            from transformers import PreTrainedTokenizerFast
+        except ImportError:
+            raise InputError("this tokenizer needs transformers: pip install 'cmaclip_fast[hf]'") from None
+        if "pad_token" not in state.special:
+            raise InputError("field 'tokenizer.special': has no 'pad_token'")
+        self.tokenizer_mode = state.mode
+        self.context_length = state.context_length
+        self.clean_fn = get_clean_fn(state.clean)
+        self.strip_sep_token = state.strip_sep_token
+        self.tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=engine,
+            padding_side=state.padding_side,
+            truncation_side=state.truncation_side,
+            **state.special,
+        )
 
 
 class TrainedTokenizer(Tokenizer):
@@ -186,14 +318,11 @@ class TrainedTokenizer(Tokenizer):
         if kind == "bpe":
             engine = Engine(models.BPE(unk_token="<unknown>"))
             # end_of_word_suffix would number tokens in the order of a hash map, another one in every process
-            splits = [pre_tokenizers.Metaspace(prepend_scheme="always")]
             trainer: Any = trainers.BpeTrainer(**options)
         else:
             engine = Engine(models.WordLevel(unk_token="<unknown>"))
-            splits = []
             trainer = trainers.WordLevelTrainer(**options)
-        engine.normalizer = _normalizer()
-        engine.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(), *splits])
+        _split_words(engine)
         engine.train_from_iterator(present, trainer)
         return cls(engine, context_length)
 
@@ -215,7 +344,28 @@ class TrainedTokenizer(Tokenizer):
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> TrainedTokenizer:
-        return cls(Engine.from_str(state["tokenizer"]), state["context_length"])
+        read = checked_state(TrainedState, state)
+        engine = engine_from(read.tokenizer)
+        plain = Engine(engine.model)
+        _split_words(plain)
+        ours, theirs = json.loads(plain.to_str()), json.loads(engine.to_str())
+        # how words are split and spelt is ours to say: a pattern of a stranger's may take for ever
+        other = [k for k in ours if k != "added_tokens" and ours[k] != theirs[k]]
+        if not isinstance(engine.model, (models.BPE, models.WordLevel)) or other:
+            raise InputError(f"field 'tokenizer.tokenizer': is not one that this version trains ({', '.join(other)})")
+        vocabulary = engine.get_vocab()
+        special = [vocabulary.get(name) for name in cls._SPECIAL]
+        if special != list(range(len(special))) or max(vocabulary.values()) >= len(vocabulary):
+            raise InputError("field 'tokenizer.tokenizer': its tokens are not numbered from the special ones on")
+        if engine.model.unk_token != "<unknown>" or getattr(engine.model, "dropout", None):
+            raise InputError("field 'tokenizer.tokenizer': has no token for what is unknown, or drops some")
+        return cls(engine, read.context_length)
+
+
+def _split_words(engine: Engine) -> None:
+    splits = [pre_tokenizers.Metaspace(prepend_scheme="always")] if isinstance(engine.model, models.BPE) else []
+    engine.normalizer = _normalizer()
+    engine.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(), *splits])
 
 
 def _normalizer() -> normalizers.Normalizer:

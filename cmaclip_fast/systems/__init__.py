@@ -108,7 +108,7 @@ def build_system(
     from cmaclip_fast.model import build_clip
 
     make: Any = system  # a system's class takes its towers too, which the interface leaves open
-    return make(*build_clip(config, tasks, pretrained, tokenizer))
+    return make(*build_clip(config, tasks, pretrained, tokenizer, system.modalities))
 
 
 def create_system(

@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from cmaclip_fast.data.named import Taxonomy
-from cmaclip_fast.data.preprocess import ImagePreprocessing
-from cmaclip_fast.data.tokenizer import Tokenizer
+from cmaclip_fast.data.preprocess import MAX_IMAGE_SIZE, ImagePreprocessing
+from cmaclip_fast.data.tokenizer import MAX_CONTEXT, Tokenizer
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.modules import Projection, SequenceAttention, TaskHead
-from cmaclip_fast.pretrained import HuggingFaceText, TimmImage
+from cmaclip_fast.pretrained import HuggingFaceText, OpenClipModel, TimmImage
 from cmaclip_fast.towers import image_tower, text_tower
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
 
@@ -146,7 +146,7 @@ class SystemConfig(BaseModel):
     """What every system on two towers is built from; the fields that it adds are its own.
 
     Attributes:
-        name, image_size, context_length, text_tower, image_tower: the towers, as in `ModelConfig`.
+        name, image_size, context_length, text_tower, image_tower, clip: the towers, as in `ModelConfig`.
         width: D, into which the tokens of both towers are projected.
         head_hidden: hidden width of each task's MLP; None is `width`.
         head_dropout: inside each task's MLP.
@@ -156,10 +156,11 @@ class SystemConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = "ViT-B-32"
-    image_size: int | None = Field(None, gt=0)
-    context_length: int | None = Field(None, gt=2)
+    image_size: int | None = Field(None, gt=0, le=MAX_IMAGE_SIZE)
+    context_length: int | None = Field(None, gt=2, le=MAX_CONTEXT)
     text_tower: str | HuggingFaceText | None = None
     image_tower: str | TimmImage | None = None
+    clip: OpenClipModel | None = None
     width: int = Field(512, gt=0)
     head_hidden: int | None = Field(None, gt=0)
     head_dropout: float = Field(0.0, ge=0, lt=1)
