@@ -8,10 +8,11 @@ from collections.abc import Iterator
 # Triton reads it when it is first imported; tests/gpu runs with TRITON_INTERPRET=0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import cmaclip_fast.kernels
 import hypothesis
 import pytest
 import torch
+
+import cmaclip_fast.kernels
 
 # tests/mutants puts changed copies of the kernels in their place.
 if changed := os.environ.get("CMACLIP_TEST_KERNELS"):
