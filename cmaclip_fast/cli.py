@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from cmaclip_fast.data.examples import Examples
     from cmaclip_fast.data.named import Columns, Taxonomy
     from cmaclip_fast.data.table import Table
-    from cmaclip_fast.evaluation import Classified
 
 app = typer.Typer(
     help="Classify image-text pairs with CMA-CLIP: train, compare, evaluate, predict, explain.",
@@ -283,11 +282,15 @@ def evaluate(
     if examples.truncated:
         counts["truncated text"] = examples.truncated
     target = _device(device)
-    answers = {view: classify(model, examples, batch_size, target, view, f"evaluating, {view}") for view in VIEWS}
-    headlines = _headlines(answers, precision)
+    headlines: dict[str, dict[str, dict[str, float]]] = {}
+    groups: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for view in VIEWS:  # one at a time: with thousands of classes each takes much memory
+        answers = classify(model, examples, batch_size, target, view, f"evaluating, {view}")
+        headlines[view] = answers.headlines(precision)
+        for group, part in ({} if by is None else answers.by_value(examples.table.labels(by))).items():
+            groups.setdefault(group, {})[view] = part.headlines(precision)
     if not any(m["rows"] for m in headlines["both"].values()):
         raise InputError(f"{examples.table.name}: no labelled row in split '{split}': name another --split or --task")
-    groups = {} if by is None else _by_value(answers, examples.table, by, precision)
     if json_file is not None:
         told = {"tasks": headlines["both"], "views": headlines, "counts": counts}
         write_json(json_file, told | ({} if by is None else {"by": {by: groups}}))
@@ -669,24 +672,6 @@ def groups_table(groups: dict[str, dict[str, dict[str, dict[str, float]]]], colu
         numbers = [f"{measured[task]['accuracy']:.3f}" if measured[task]["rows"] else "-" for task in tasks]
         table.add_row(value, *numbers, f"{max(m['rows'] for m in measured.values()):.0f}")
     return table
-
-
-def _headlines(answers: dict[str, Classified], precision: float) -> dict[str, dict[str, dict[str, float]]]:
-    return {
-        view: {task: m.headline() for task, m in found.metrics(precision).items()} for view, found in answers.items()
-    }
-
-
-def _by_value(
-    answers: dict[str, Classified], table: Table, column: str, precision: float
-) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """For each value of a column, and `none` where it is empty, what `_headlines` says of its rows."""
-    values = table.labels(column)
-    parts = {view: found.by_value(values) for view, found in answers.items()}
-    return {
-        group: _headlines({view: part[group] for view, part in parts.items()}, precision)
-        for group in next(iter(parts.values()))
-    }
 
 
 def _read(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cmaclip_fast.data.examples import Examples, make_loader
 from cmaclip_fast.data.named import Taxonomy
-from cmaclip_fast.metrics import TaskMetrics, task_metrics
+from cmaclip_fast.metrics import TaskMetrics, headline_metrics, task_metrics
 from cmaclip_fast.modes import evaluation_copy
 from cmaclip_fast.taxonomy import task_probabilities
 from cmaclip_fast.types import Batch, Output
@@ -61,8 +61,10 @@ class Classified:
 
     def by_value(self, values: Sequence[str | None]) -> dict[str, Classified]:
         """The answers for the rows of each value, in the order of the values' names; `none` where there is none."""
-        named = [value or "none" for value in values]
-        return {value: self.select(torch.tensor([found == value for found in named])) for value in sorted(set(named))}
+        rows: dict[str, list[int]] = {}
+        for row, value in enumerate(values):
+            rows.setdefault(value or "none", []).append(row)
+        return {value: self.select(torch.tensor(rows[value])) for value in sorted(rows)}
 
     def loss(self) -> float:
         """The mean over tasks of the mean negative log-likelihood of their labelled rows."""
@@ -72,6 +74,14 @@ class Classified:
             if (labels >= 0).any()
         ]
         return float(torch.stack(losses).mean()) if losses else 0.0
+
+    def headlines(self, target_precision: float = 0.9) -> dict[str, dict[str, float]]:
+        """Each task's headline numbers (see `TaskMetrics.headline`)."""
+        return {
+            task: headline_metrics(probabilities, self.labels[task], target_precision)
+            for task, probabilities in self.probabilities.items()
+            if task in self.labels
+        }
 
     def metrics(self, target_precision: float = 0.9) -> dict[str, TaskMetrics]:
         """Each task's metrics on its labelled rows."""
@@ -96,24 +106,22 @@ def classify(
         view: a key of `VIEWS`.
         description: shown with a progress bar; None shows none.
     """
-    outputs: list[Output] = []
-    batches: list[Batch] = []
+    probabilities: dict[str, list[Tensor]] = {}
+    labels: dict[str, list[Tensor]] = {}
+    weights: dict[str, list[Tensor]] = {}
+    present: list[Tensor] = []
     for batch, output in run(model, examples, batch_size, device, view, description):
-        outputs.append(output)
-        batches.append(batch)
-    tasks = list(outputs[0].logits)
-    weights = None
-    if outputs[0].modality_weights is not None:
-        weights = {
-            t: torch.cat([o.modality_weights[t].float().cpu() for o in outputs if o.modality_weights]) for t in tasks
-        }
-    probabilities = [task_probabilities(o.logits, model.tasks, model.taxonomies) for o in outputs]
-    return Classified(
-        {task: torch.cat([p[task].cpu() for p in probabilities]) for task in tasks},
-        {task: torch.cat([b.labels[task].cpu() for b in batches]) for task in tasks if task in batches[0].labels},
-        weights,
-        torch.cat([b.present.cpu() for b in batches]),
-    )
+        parts = (
+            (probabilities, task_probabilities(output.logits, model.tasks, model.taxonomies)),
+            (labels, {task: values for task, values in batch.labels.items() if task in output.logits}),
+            (weights, output.modality_weights or {}),
+        )
+        for kept, found in parts:
+            for task, values in found.items():
+                kept.setdefault(task, []).append(values.cpu())
+        present.append(batch.present.cpu())
+    joined = [{task: torch.cat(values) for task, values in kept.items()} for kept in (probabilities, labels, weights)]
+    return Classified(joined[0], joined[1], {t: w.float() for t, w in joined[2].items()} or None, torch.cat(present))
 
 
 @torch.inference_mode()

@@ -28,7 +28,6 @@ from cmaclip_fast.evaluation import classify
 from cmaclip_fast.files import write_tensors
 from cmaclip_fast.losses import contrastive_loss, multitask_loss
 from cmaclip_fast.memory import Meter
-from cmaclip_fast.metrics import task_metrics
 from cmaclip_fast.pretrained import TimmImage
 from cmaclip_fast.progress import rate_bar
 from cmaclip_fast.systems.base import System
@@ -358,11 +357,10 @@ def validate(
     result = classify(model, examples, config.batch_size, device)
     record: dict[str, float] = {"validation_loss": result.loss()}
     accuracies = []
-    for task, probabilities in result.probabilities.items():
-        metrics = task_metrics(probabilities, result.labels[task], target_precision)
-        record[f"accuracy/{task}"] = metrics.accuracy
-        if metrics.rows:
-            accuracies.append(metrics.accuracy)
+    for task, headline in result.headlines(target_precision).items():
+        record[f"accuracy/{task}"] = headline["accuracy"]
+        if headline["rows"]:
+            accuracies.append(headline["accuracy"])
     record["score"] = sum(accuracies) / max(len(accuracies), 1)
     return record
 

@@ -1,8 +1,9 @@
 """Transformer layers over packed tokens, with the weights that they find in the modules of other libraries.
 
 A layer is read from its module at each call, so that a state dict, an optimizer or a distributed wrapper sees nothing
-else than the module; and only where reading is the same as calling (`plain.py`). Gradients keep less than autograd would: the activation and the normalised tokens, which the next
-product needs for its weights' gradient, are computed again from what went into them.
+else than the module; and only where reading is the same as calling (`plain.py`). Gradients keep less than autograd
+would: the activation and the normalised tokens, which the next product needs for its weights' gradient, are computed
+again from what went into them.
 """
 
 from __future__ import annotations

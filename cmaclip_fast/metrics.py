@@ -9,21 +9,17 @@ curve over the probability of that class.
 
 from __future__ import annotations
 
-import warnings
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    binary_precision_recall_curve,
-    binary_recall_at_fixed_precision,
-    multiclass_accuracy,
-    multiclass_confusion_matrix,
-    multiclass_f1_score,
-    multiclass_precision,
-    multiclass_recall,
-    multiclass_recall_at_fixed_precision,
-)
+from torchmetrics.functional.classification import binary_precision_recall_curve, binary_recall_at_fixed_precision
+
+_SORTED_AT_ONCE = 2**24
+"""Scores that are sorted at a time, which bounds memory where there are thousands of classes."""
 
 UNREACHED = 1.0e6
 """The threshold that torchmetrics gives where no threshold reaches the precision."""
@@ -42,7 +38,7 @@ class TaskMetrics:
         class_rows, class_precision, class_recall, class_f1: `[C]`, at the most probable class.
         class_recall_at_precision: `[C]`, one versus rest; NaN for a class without rows.
         class_threshold: the probability where it is reached, or None, for each class.
-        confusion: `[C, C]` counts, truth by prediction.
+        confusion: sparse `[C, C]` counts, truth by prediction.
     """
 
     rows: int
@@ -67,6 +63,18 @@ class TaskMetrics:
             "rows": self.rows,
         }
 
+    def per_class(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """For each class its name, rows, precision, recall, F1 and recall at the precision, None where undefined."""
+        columns = {
+            "class": names,
+            "rows": self.class_rows.tolist(),
+            "precision": self.class_precision.tolist(),
+            "recall": self.class_recall.tolist(),
+            "f1": self.class_f1.tolist(),
+            "recall_at_precision": [None if math.isnan(v) else v for v in self.class_recall_at_precision.tolist()],
+        }
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
 
 def task_metrics(probabilities: Tensor, labels: Tensor, target_precision: float = 0.9) -> TaskMetrics:
     """Metrics of one task.
@@ -76,40 +84,61 @@ def task_metrics(probabilities: Tensor, labels: Tensor, target_precision: float 
         labels: `[N]` int64, -1 where unlabelled.
         target_precision: for recall at a fixed precision, in (0, 1].
     """
+    return _metrics(probabilities, labels, target_precision, with_classes=True)
+
+
+def headline_metrics(probabilities: Tensor, labels: Tensor, target_precision: float = 0.9) -> dict[str, float]:
+    """The headline of `task_metrics`, without the curves of single classes, which take most of the time."""
+    return _metrics(probabilities, labels, target_precision, with_classes=False).headline()
+
+
+def _metrics(probabilities: Tensor, labels: Tensor, target: float, with_classes: bool) -> TaskMetrics:
     classes = probabilities.shape[1]
     labelled = labels >= 0
     probabilities, labels = probabilities[labelled].float(), labels[labelled]
-    if len(labels) == 0:
-        nothing = torch.zeros(classes)
-        unreached: list[float | None] = [None] * classes
-        counts = torch.zeros(classes, classes, dtype=torch.long)
-        return TaskMetrics(
-            0, 0.0, 0.0, 0.0, None, nothing.long(), nothing, nothing, nothing, nothing, unreached, counts
-        )
     predicted = probabilities.argmax(1)
-    recall, threshold = micro_recall_at_precision(probabilities, labels, target_precision)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "No positive samples")  # those classes are left out just below
-        class_recall_at, class_thresholds = multiclass_recall_at_fixed_precision(
-            probabilities, labels, num_classes=classes, min_precision=target_precision
-        )
-    class_rows = torch.bincount(labels, minlength=classes)
-    class_recall_at = class_recall_at.where(class_rows > 0, torch.nan)
-    class_thresholds = class_thresholds.where(class_rows > 0, UNREACHED)
+    right = predicted == labels
+    recall, threshold = micro_recall_at_precision(probabilities, labels, target)
+    hits = torch.bincount(labels[right], minlength=classes)
+    class_rows, predictions = (torch.bincount(numbers, minlength=classes) for numbers in (labels, predicted))
+    f1 = 2 * hits / (class_rows + predictions).clamp_min(1)
+    seen = class_rows + predictions > 0
+    recall_at, thresholds = torch.full((classes,), torch.nan), torch.full((classes,), torch.inf)
+    if with_classes:
+        _fill_class_recall(probabilities, labels, target, recall_at, thresholds)
+    pairs = torch.stack([labels, predicted])
     return TaskMetrics(
         rows=len(labels),
-        accuracy=float(multiclass_accuracy(predicted, labels, classes, average="micro")),
-        macro_f1=float(multiclass_f1_score(predicted, labels, classes, average="macro")),
+        accuracy=float(right.float().mean()) if len(labels) else 0.0,
+        macro_f1=float(f1[seen].mean()) if len(labels) else 0.0,
         recall_at_precision=recall,
         threshold=threshold,
         class_rows=class_rows,
-        class_precision=multiclass_precision(predicted, labels, classes, average="none"),
-        class_recall=multiclass_recall(predicted, labels, classes, average="none"),
-        class_f1=multiclass_f1_score(predicted, labels, classes, average="none"),
-        class_recall_at_precision=class_recall_at,
-        class_threshold=[None if t >= UNREACHED else float(t) for t in class_thresholds],
-        confusion=multiclass_confusion_matrix(predicted, labels, classes),
+        class_precision=hits / predictions.clamp_min(1),
+        class_recall=hits / class_rows.clamp_min(1),
+        class_f1=f1,
+        class_recall_at_precision=recall_at,
+        class_threshold=[None if math.isinf(value) else value for value in thresholds.tolist()],
+        confusion=torch.sparse_coo_tensor(pairs, torch.ones_like(labels), (classes, classes)).coalesce(),
     )
+
+
+def _fill_class_recall(
+    probabilities: Tensor, labels: Tensor, target: float, recall_at: Tensor, thresholds: Tensor
+) -> None:
+    """Sets the highest recall of each class that has rows, one versus rest, and the threshold where it is reached.
+
+    What torchmetrics' `multiclass_recall_at_fixed_precision` gives, for many classes at a time.
+    """
+    rows = torch.arange(1, len(labels) + 1)
+    for part in labels.unique().split(max(1, _SORTED_AT_ONCE // max(1, len(labels)))):
+        scores, order = probabilities[:, part].T.contiguous().sort(dim=1, descending=True)
+        hits = (labels[order] == part[:, None]).cumsum(1)
+        # rows of the same score are answered together
+        whole = torch.cat([scores[:, 1:] != scores[:, :-1], torch.ones(len(part), 1, dtype=torch.bool)], dim=1)
+        best, at = hits.where(whole & (hits / rows >= target), 0).max(1)
+        recall_at[part] = best / hits[:, -1]
+        thresholds[part] = scores.gather(1, at[:, None])[:, 0].where(best > 0, torch.inf)
 
 
 def micro_recall_at_precision(probabilities: Tensor, labels: Tensor, target: float) -> tuple[float, float | None]:

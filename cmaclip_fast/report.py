@@ -24,12 +24,23 @@ from markupsafe import Markup, escape
 from matplotlib import colormaps
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+from scipy.sparse import coo_array
 
+from cmaclip_fast.data.files import clipped
 from cmaclip_fast.errors import visible
 from cmaclip_fast.files import replacing
 
 LABELLED_CLASSES = 20
 """A confusion matrix of more classes than this is drawn without labels, beside the most confused pairs."""
+
+DRAWN_CLASSES = 200
+"""A confusion matrix has at most so many classes, those with the most rows."""
+
+LISTED_CLASSES = 50
+"""Of a task with more than twice as many classes the largest and the worst are listed, so many of each."""
+
+_TEXT, _NAME = 2000, 120
+"""The most characters of a text and of a class name or key that a page shows."""
 
 _GALLERY_SIDE, _STAGE_SIDE, _MAP_SIDE = 256, 640, 128
 _CURVE_POINTS = 240
@@ -92,7 +103,7 @@ class TaskView:
         classes: its C class names.
         metrics: `accuracy`, `macro_f1`, `recall_at_precision`, `rows`; what is missing or not finite shows as a dash.
         per_class: for each class `class`, `rows`, `precision`, `recall`, `f1`, `recall_at_precision`.
-        confusion: `[C, C]` counts, a row for each true class.
+        confusion: `[C, C]` counts, dense or sparse, a row for each true class.
         weights: `[N, 2]` modality weights (text, image); rows that sum to 0 (neither present) are left out.
         precision_curve, recall_curve: two arrays of one length, a point for each confidence threshold.
     """
@@ -101,7 +112,7 @@ class TaskView:
     classes: list[str]
     metrics: dict[str, float] = field(default_factory=dict)
     per_class: list[dict[str, Any]] = field(default_factory=list)
-    confusion: np.ndarray | None = None
+    confusion: np.ndarray | coo_array | None = None
     weights: np.ndarray | None = None
     precision_curve: np.ndarray | None = None
     recall_curve: np.ndarray | None = None
@@ -400,31 +411,48 @@ def _task(task: TaskView, target: float) -> dict[str, Any]:
         "name": task.name,
         "classes": len(task.classes),
         "metrics": _metrics(task.metrics),
-        "per_class": task.per_class,
+        "per_class": _listed(task.per_class),
         "confusion": _confusion(task),
         "weights": _weights(task),
         "curve": _precision_curve(task, target),
     }
 
 
+def _listed(per_class: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All classes, or where there are many the largest and those with the lowest F1, in the order of their names."""
+    chosen = list(range(len(per_class)))
+    if len(per_class) > 2 * LISTED_CLASSES:
+        with_rows = [i for i in chosen if per_class[i].get("rows")]
+        largest = sorted(with_rows, key=lambda i: -per_class[i]["rows"])[:LISTED_CLASSES]
+        worst = sorted(with_rows, key=lambda i: _finite(per_class[i].get("f1")) or 0.0)[:LISTED_CLASSES]
+        chosen = sorted({*largest, *worst})
+    return [{**per_class[i], "class": clipped(per_class[i]["class"], _NAME)} for i in chosen]
+
+
 def _confusion(task: TaskView) -> dict[str, Any] | None:
     if task.confusion is None:
         return None
-    counts, classes = np.asarray(task.confusion), task.classes
+    counts, classes = coo_array(task.confusion), [clipped(name, _NAME) for name in task.classes]
     if counts.shape != (len(classes), len(classes)):
         raise ValueError(f"task {task.name}: confusion is {list(counts.shape)}, expected one row and column a class")
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    wrong = counts * (1 - np.eye(len(classes), dtype=counts.dtype))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:12]
+    rows = np.maximum(counts.sum(axis=1), 1)
+    wrong = np.flatnonzero(counts.row != counts.col)
+    # the largest first, and among equals in the order of the matrix
+    order = wrong[np.lexsort((counts.col[wrong], counts.row[wrong], -counts.data[wrong]))][:12]
     pairs = [
-        (classes[i], classes[j], counts[i, j], shares[i, j]) for i, j in (divmod(int(k), len(classes)) for k in order)
+        (classes[i], classes[j], count, count / rows[i])
+        for i, j, count in zip(counts.row[order], counts.col[order], counts.data[order], strict=True)
     ]
+    drawn = np.sort(np.argsort(-rows, kind="stable")[:DRAWN_CLASSES])
+    cells = counts.tocsr()[drawn][:, drawn].toarray()
+    shares = cells / rows[drawn][:, None]
     labelled = len(classes) <= LABELLED_CLASSES
     return {
         "classes": classes,
-        "size": len(classes),
+        "size": len(drawn),
+        "all": len(classes),
         "labelled": labelled,
-        "cells": [list(zip(row, part, strict=True)) for row, part in zip(counts, shares, strict=True)]
+        "cells": [list(zip(row, part, strict=True)) for row, part in zip(cells, shares, strict=True)]
         if labelled
         else [],
         "paths": [] if labelled else _matrix_paths(shares),
@@ -508,8 +536,8 @@ def _card(example: ExampleView) -> dict[str, Any]:
 def _example(example: ExampleView, side: int) -> dict[str, Any]:
     return {
         "row": example.row,
-        "key": example.key,
-        "text": example.text,
+        "key": clipped(example.key, _NAME),
+        "text": None if example.text is None else clipped(example.text, _TEXT),
         "picture": None if example.image is None else _picture(example.image, side),
         "aspect": 1.0 if example.image is None else example.image.width / example.image.height,
         "map": None,
@@ -517,11 +545,11 @@ def _example(example: ExampleView, side: int) -> dict[str, Any]:
         "predictions": [
             {
                 "task": task,
-                "label": said.label,
-                "predicted": said.predicted,
+                "label": None if said.label is None else clipped(said.label, _NAME),
+                "predicted": clipped(said.predicted, _NAME),
                 "probability": said.probability,
                 "right": None if said.label is None else said.label == said.predicted,
-                "top": said.top[:5],
+                "top": [(clipped(name, _NAME), probability) for name, probability in said.top[:5]],
                 "weights": said.weights,
             }
             for task, said in example.predictions.items()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.sparse import coo_array
 
 from cmaclip_fast.artifact import (
     FILES,
@@ -192,7 +193,7 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         log.info("best epoch %d of %d, %.0f s", progression.best_epoch, progression.epoch, progression.seconds)
 
         model.eval()
-        metrics, answers = _measure(model, examples, config, run.target_precision, work, counts, progression)
+        metrics, answers, full = _measure(model, examples, config, run.target_precision, work, counts, progression)
         columns = DataColumns(
             image=run.table.columns.image,
             text=run.table.columns.text,
@@ -204,7 +205,9 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         save_model(work, model, columns, absolute(run.table.name), config.model_dump(mode="json"))
         seconds = time.perf_counter() - started
         if run.report:
-            view = _report(run, model, examples["test"], answers, metrics, progression, parameters, seconds, config)
+            view = _report(
+                run, model, examples["test"], answers, full, metrics, progression, parameters, seconds, config
+            )
             render_report(view, work / REPORT)
         log.info("wrote %s", run.output)
         folder.finish(True)
@@ -326,8 +329,12 @@ def _measure(
     work: Path,
     counts: dict[str, int],
     progression: Progression,
-) -> tuple[dict[str, dict[str, dict[str, float]]], Classified]:
-    """Measures the test rows in every view, sets thresholds on the validation rows, writes both as JSON."""
+) -> tuple[dict[str, dict[str, dict[str, float]]], Classified, dict[str, TaskMetrics]]:
+    """Measures the test rows in every view, sets thresholds on the validation rows, writes both as JSON.
+
+    Returns:
+        The headline numbers of every view; of the whole view the answers and all metrics.
+    """
     device = next(model.parameters()).device
     validation = classify(model, examples["validation"], config.batch_size, device).metrics(target)
     thresholds = {
@@ -339,22 +346,25 @@ def _measure(
         for task, m in validation.items()
     }
     write_json(work / THRESHOLDS, thresholds)
-    views = {view: classify(model, examples["test"], config.batch_size, device, view) for view in VIEWS}
-    metrics = {
-        view: {task: m.headline() for task, m in answers.metrics(target).items()} for view, answers in views.items()
-    }
+    both = classify(model, examples["test"], config.batch_size, device)
+    full = both.metrics(target)
+    metrics = {"both": {task: m.headline() for task, m in full.items()}}
+    for view in VIEWS:  # one at a time: with thousands of classes each takes much memory
+        if view not in metrics:
+            metrics[view] = classify(model, examples["test"], config.batch_size, device, view).headlines(target)
     record = {
         "target_precision": target,
         "test": metrics,
         "validation": {task: m.headline() for task, m in validation.items()},
-        "modality_weights": mean_weights(views["both"]),
+        "modality_weights": mean_weights(both),
         "history": progression.history,
         "best_epoch": progression.best_epoch,
         "seconds": progression.seconds,
         "counts": counts,
+        "classes": {task: m.per_class(model.tasks[task]) for task, m in full.items()},
     }
     write_json(work / METRICS, record)
-    return metrics, views["both"]
+    return metrics, both, full
 
 
 def mean_weights(answers: Classified) -> dict[str, dict[str, float]] | None:
@@ -373,13 +383,13 @@ def _report(
     model: System,
     test: Examples,
     answers: Classified,
+    full: dict[str, TaskMetrics],
     metrics: dict[str, dict[str, dict[str, float]]],
     progression: Progression,
     parameters: int,
     seconds: float,
     config: TrainingConfig,
 ) -> ReportView:
-    full = answers.metrics(run.target_precision)
     right, wrong = gallery_rows(answers)
     names = {"both": "test", "text alone": "test, text alone", "image alone": "test, image alone"}
     return ReportView(
@@ -410,18 +420,10 @@ def _task_view(model: System, task: str, metrics: TaskMetrics, answers: Classifi
         name=task,
         classes=model.tasks[task],
         metrics=metrics.headline(),
-        per_class=[
-            {
-                "class": name,
-                "rows": int(metrics.class_rows[c]),
-                "precision": float(metrics.class_precision[c]),
-                "recall": float(metrics.class_recall[c]),
-                "f1": float(metrics.class_f1[c]),
-                "recall_at_precision": float(metrics.class_recall_at_precision[c]),
-            }
-            for c, name in enumerate(model.tasks[task])
-        ],
-        confusion=metrics.confusion.numpy(),
+        per_class=metrics.per_class(model.tasks[task]),
+        confusion=coo_array(
+            (metrics.confusion.values().numpy(), metrics.confusion.indices().numpy()), shape=metrics.confusion.shape
+        ),
         weights=None if answers.weights is None else answers.weights[task].numpy(),
         precision_curve=precision.numpy(),
         recall_curve=recall.numpy(),
