@@ -125,7 +125,7 @@ def _implementation(
         return dict(cannot).get(name) or why_not(operator, name, device_type, dtype)
 
     if backend == "auto":
-        candidates = _ON_CPU
+        candidates: tuple[str, ...] = _ON_CPU
         if device_type != "cpu":
             candidates = preferences.order(operator, direction, dtype, architecture, shape)
         backend = next(name for name in candidates if reason_against(name) is None)

@@ -29,6 +29,7 @@ def shape_class(head_size: int, longest_q: int, longest_k: int) -> Shape:
     return head_size, _bound(longest_k), _bound(longest_q)
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
     """`sm_90`, or "" for a device that is no GPU."""
     if device.type != "cuda":

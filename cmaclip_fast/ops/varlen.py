@@ -55,14 +55,22 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # [Tq, H, E], [H, Tq]
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    if _nothing_to_do(q, k, cu_seqlens_q):
+    if _nothing_to_do(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k):
         return q.new_zeros(q.shape), q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
     # A window as long as the longest row hides nothing, and keeps newer versions from cuDNN, whose log-sum-exp has
     # another layout.
     window = (-1, 0) if causal else (max_seqlen_k, max_seqlen_k)
-    ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     out, lse = varlen_attn(
-        *map(_aligned, (q, k, v)), *ends, return_aux=AuxRequest(lse=True), scale=scale, window_size=window
+        _aligned(q),
+        _aligned(k),
+        _aligned(v),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        return_aux=AuxRequest(lse=True),
+        scale=scale,
+        window_size=window,
     )
     after = _after_last_row(cu_seqlens_q, len(q))
     # FlashAttention writes nothing after the last row, and plus infinity for a query that sees no key.
@@ -86,7 +94,7 @@ def backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [Tq, H, E], [Tk, H, E], [Tk, H, E]
     assert grad_lse is None
-    if _nothing_to_do(q, k, cu_seqlens_q):
+    if _nothing_to_do(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k):
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     # what `varlen_attn` itself calls in its backward; its autograd would run the forward again
     grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
@@ -106,8 +114,9 @@ def backward(
     return grad_q, *(grad.masked_fill_(after_k[:, None, None], 0) for grad in (grad_k, grad_v))
 
 
-def _nothing_to_do(q: Tensor, k: Tensor, cu_seqlens_q: Tensor) -> bool:
-    return 0 in (len(q), len(k), q.shape[1], len(cu_seqlens_q) - 1)
+def _nothing_to_do(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> bool:
+    # FlashAttention would launch kernels of no blocks, which is an error.
+    return 0 in (len(q), len(k), q.shape[1], len(cu_seqlens_q) - 1, max_seqlen_q, max_seqlen_k)
 
 
 def _after_last_row(cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,13 +19,14 @@ CASES = {
     "keys missing": lambda: packed_attention_case([2, 3, 0], [5, 0, 4], size=32),
     "tokens after the last row": lambda: packed_attention_case([3, 5], [4, 2], size=32, spare=3),
     "no rows": lambda: packed_attention_case([], size=32, spare=3),
+    "empty rows": lambda: packed_attention_case([0, 0], [0, 0], size=32, spare=3),
     "no keys": lambda: packed_attention_case([2, 1], [0, 0], size=32),
 }
 
 
 @pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """The options of each call; what FlashAttention leaves unwritten is NaN, and what it sees as hidden plus infinity."""
+def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict]]:
+    """The options of each call; what FlashAttention does not write is NaN, and its log-sum-exp of no key infinity."""
     calls: list[dict] = []
 
     def causal_of(window: tuple[int, int], longest: int) -> bool:
@@ -37,7 +39,8 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
         return tensor
 
     def forward(q, k, v, ends_q, ends_k, longest_q, longest_k, *, return_aux, scale, window_size):
-        assert return_aux.lse and all(x.stride(-1) == 1 and x.data_ptr() % 16 == 0 for x in (q, k, v))
+        assert longest_q > 0 and longest_k > 0 and return_aux.lse
+        assert all(x.stride(-1) == 1 and x.data_ptr() % 16 == 0 for x in (q, k, v))
         causal = causal_of(window_size, longest_k)
         calls.append({"causal": causal, "scale": scale})
         out, lse = reference.packed_attention_forward(q, k, v, ends_q, ends_k, longest_q, longest_k, scale, causal)
