@@ -7,7 +7,8 @@
 # make studies  train longer, with damaged texts, with pretrained towers, and in 28 languages, and write docs/tables
 # make mutants  put faults into the CUDA and Triton kernels, one at a time: each must make a test fail
 # make bench    time the model and the operators on this machine's CPU against what people run today
-# make gpu      run the tests that need an NVIDIA GPU and time the operators, or say that nothing was run
+# make gpu-kit  write dist/gpu-kit: what proves and times the package on a GPU, on a machine without a network
+# make gpu      run the kit on this machine's GPU and write docs/gpu.md, or say that nothing was run
 # make tables   compile all kernels, count in the emulator, and write the tables of docs/kernels.md
 # make lint | clean
 
@@ -30,7 +31,8 @@ PYTEST := $(BIN)/python -m pytest -v
 AVX2 := CMACLIP_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: install demo results emoji towers compare studies tables test test-avx2 test-avx2-all mutants bench gpu lint clean
+.PHONY: install demo results emoji towers compare studies tables test test-avx2 test-avx2-all mutants bench gpu-kit \
+	gpu lint clean reliability
 
 install: $(INSTALLED)
 
@@ -102,13 +104,16 @@ $(PEERS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[bench]'
 	touch $@
 
+gpu-kit: install
+	$(BIN)/python -m benchmarks.gpu_kit.build dist/gpu-kit
+
 gpu: install
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu && \
-		TRITON_INTERPRET=0 $(BIN)/python benchmarks/operators.py --device cuda --write benchmarks/results \
-			--dtype float16 --dtype bfloat16 --dtype float32; \
+		$(MAKE) gpu-kit && \
+		{ PYTHON=$(abspath $(BIN))/python bash dist/gpu-kit/run.sh benchmarks/results/gpu || true; } && \
+		$(BIN)/python -m benchmarks.gpu_report benchmarks/results/gpu; \
 	else \
-		echo 'not run: PyTorch finds no NVIDIA GPU'; \
+		echo 'not run: no GPU'; \
 	fi
 
 lint: install

@@ -1,7 +1,8 @@
 """Builds the compiled extension `cmaclip_fast._C`: C++ always, CUDA where PyTorch has CUDA and a toolkit is found.
 
 Without PyTorch or a C++ compiler in the build environment the package is built in pure Python, with one warning.
-`CMACLIP_NO_EXTENSION=1` and `CMACLIP_NO_CUDA=1` leave the extension or its CUDA sources out.
+`CMACLIP_NO_EXTENSION=1` and `CMACLIP_NO_CUDA=1` leave the extension or its CUDA sources out. `CMACLIP_SLIM=1` leaves
+out line numbers of CUDA code and symbols, which debuggers and profilers read; `TORCH_CUDA_ARCH_LIST` chooses GPUs.
 """
 
 from __future__ import annotations
@@ -96,11 +97,12 @@ def configuration() -> tuple[dict[str, Any], dict[str, Any]]:
     cxx = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wextra", "-Wno-unused-parameter", *defines]
     extension: Any = CppExtension
     flags = {"cxx": cxx}
+    slim = switched_on("CMACLIP_SLIM")
     if toolkit:
         sources += sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cuda/*.cu"))
         extension = CUDAExtension
         cxx.append("-DUSE_CUDA")
-        flags["nvcc"] = ["-O3", "-std=c++20", "-lineinfo", "-DUSE_CUDA", *defines]
+        flags["nvcc"] = ["-O3", "-std=c++20", *([] if slim else ["-lineinfo"]), "-DUSE_CUDA", *defines]
     record |= {
         "EXTENSION": True,
         "CUDA": bool(toolkit),
@@ -127,6 +129,7 @@ def configuration() -> tuple[dict[str, Any], dict[str, Any]]:
         sources,
         include_dirs=[str(ROOT / "csrc/include")],
         extra_compile_args=flags,
+        extra_link_args=["-Wl,-s"] if slim else [],
         depends=[path.as_posix() for path in ROOT.glob("csrc/**/*.*h")],
         py_limited_api=True,
     )

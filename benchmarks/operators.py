@@ -17,7 +17,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -40,11 +40,15 @@ SECONDS = 1.0
 
 @dataclass
 class Target:
-    """What runs the operators: a device, one of its backends, and an element type."""
+    """What runs the operators: a device, one of its backends, and an element type.
+
+    With `compiled`, what the operators are compared with is compiled.
+    """
 
     device: str
     backend: str
     dtype: str
+    compiled: bool = False
 
     def randn(self, *sizes: int) -> Tensor:
         generator = torch.Generator().manual_seed(sum(sizes))
@@ -185,6 +189,8 @@ def pairs(
     """Forward, and forward with the gradients of `leaves`, of two ways to the same tensor."""
     for leaf in leaves:
         leaf.requires_grad_()
+    if target.compiled:
+        theirs = torch.compile(theirs)
     torch.testing.assert_close(ours().float(), theirs().float(), atol=0.05, rtol=0.05)
     grad = torch.ones_like(theirs())
     for what, wrap in (
@@ -194,8 +200,16 @@ def pairs(
         yield Pair(operator, name, target.backend, target.dtype, what, 0, wrap(ours), wrap(theirs))
 
 
-def pool(target: Target) -> Iterator[Pair]:
-    for rows, tasks in ((32, 3), (32, 64), (256, 64)):
+POOL_SHAPES = ((32, 3), (32, 64), (256, 64))
+"""Rows and tasks."""
+PACK_SHAPES = ((32, 20), (32, 77), (256, 20))
+"""Rows and mean tokens of their texts."""
+LOSS_SHAPES = ((32, [19, 61, 12]), (32, [20] * 64), (32, [10] * 1024), (32, [100_000]))
+"""Rows and classes of each task."""
+
+
+def pool(target: Target, shapes: Sequence[tuple[int, int]] = POOL_SHAPES) -> Iterator[Pair]:
+    for rows, tasks in shapes:
         embeddings, weight = target.randn(rows, 2, 512), target.randn(tasks, 2, 512) / 512**0.5
         present = (torch.arange(2 * rows).reshape(rows, 2) % 5 > 0).to(target.device)
 
@@ -208,8 +222,8 @@ def pool(target: Target) -> Iterator[Pair]:
         yield from pairs(target, "modality_pool", f"{rows} rows, {tasks} tasks", [embeddings, weight], ours, theirs)
 
 
-def pack(target: Target) -> Iterator[Pair]:
-    for rows, mean in ((32, 20), (32, 77), (256, 20)):
+def pack(target: Target, shapes: Sequence[tuple[int, int]] = PACK_SHAPES) -> Iterator[Pair]:
+    for rows, mean in shapes:
         lengths = torch.linspace(max(2 * mean - 77, 3), min(2 * mean, 77), rows).int().to(target.device)
         counts = torch.stack([lengths, torch.full_like(lengths, 50)], dim=1)
         starts = counts.cumsum(0, dtype=torch.int32) - counts
@@ -234,8 +248,8 @@ def pack(target: Target) -> Iterator[Pair]:
         yield from pairs(target, "pack_tokens", f"{rows} rows, mean text {mean}", [text, image, types], ours, theirs)
 
 
-def loss(target: Target) -> Iterator[Pair]:
-    for rows, classes in ((32, [19, 61, 12]), (32, [20] * 64), (32, [10] * 1024), (32, [100_000])):
+def loss(target: Target, shapes: Sequence[tuple[int, list[int]]] = LOSS_SHAPES) -> Iterator[Pair]:
+    for rows, classes in shapes:
         logits = target.randn(rows, sum(classes))
         bounds = [0, *itertools.accumulate(classes)]
         offsets = torch.tensor(bounds, dtype=torch.int32, device=target.device)

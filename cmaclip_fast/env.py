@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cmaclip_fast.ops import dispatch
+from cmaclip_fast.ops import dispatch, preferences
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
 _PACKAGES = ("cmaclip_fast", "torch", "torchvision", "triton", "open_clip_torch")
@@ -35,6 +35,7 @@ def as_dict() -> dict[str, Any]:
         "extension": extension(),
         "backends": backends(),
         "operators": operators(),
+        "auto_on_gpu": auto_on_gpu(),
     }
 
 
@@ -58,6 +59,7 @@ def as_text() -> str:
             ("backend " + name, reason or f"usable for {', '.join(report['operators'][name])}")
             for name, reason in report["backends"].items()
         ),
+        ("auto on a GPU", report["auto_on_gpu"]),
     ]
     return "\n".join(f"{label:<20} {value or 'none'}" for label, value in lines)
 
@@ -65,9 +67,10 @@ def as_text() -> str:
 def backends() -> dict[str, str | None]:
     """For each backend None if it is usable on this machine's best device, else the reason why it is not.
 
-    `cpp` is asked about tensors on the CPU, `triton` and `cuda` about tensors on a GPU.
+    `reference` and `cpp` are asked about tensors on the CPU, the others about tensors on a GPU; each about an operator
+    that it has.
     """
-    return {name: _why_not("modality_pool", name) for name in dispatch.BACKENDS}
+    return {name: _why_not(_operator_of(name), name) for name in dispatch.BACKENDS}
 
 
 def operators() -> dict[str, list[str]]:
@@ -78,9 +81,19 @@ def operators() -> dict[str, list[str]]:
     }
 
 
+def auto_on_gpu() -> str:
+    """How `auto` chooses among the backends on this machine's first GPU, or on any GPU where there is none."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return preferences.explanation(preferences.architecture(device))
+
+
+def _operator_of(backend: str) -> str:
+    return "packed_attention" if backend == "torch" else "modality_pool"
+
+
 def _why_not(operator: str, backend: str) -> str | None:
     device = "cpu" if backend in ("reference", "cpp") else "cuda"
-    reason = dispatch.why_not(operator, backend, device, torch.float32)
+    reason = dispatch.why_not(operator, backend, device, dispatch.usual_dtype(backend))
     if reason is None and backend == "triton" and not torch.cuda.is_available():
         return dispatch.why_not(operator, backend, "cpu", torch.float32)
     return reason

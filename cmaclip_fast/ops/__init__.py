@@ -1,4 +1,4 @@
-"""The fused operators: one contract each, four backends (`reference`, `cpp`, `triton`, `cuda`)."""
+"""The fused operators: one contract each, with backends `reference`, `cpp`, `triton`, `cuda` and `torch`."""
 
 from cmaclip_fast.ops.dispatch import available_backends, use_backend
 from cmaclip_fast.ops.modality_pool import modality_pool

@@ -17,17 +17,18 @@ from torch._C._functorch import get_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from cmaclip_fast.ops import reference
+from cmaclip_fast.ops import preferences, reference, varlen
 from cmaclip_fast.ops.checks import debug
 
-BACKENDS = ("reference", "cpp", "triton", "cuda")
+BACKENDS = ("reference", "cpp", "triton", "cuda", "torch")
 OPERATORS = ("pack_tokens", "packed_attention", "modality_pool", "multitask_cross_entropy")
 
-_FASTEST_FIRST = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+_ON_CPU = ("cpp", "reference")
 _DTYPES = {
     "cpp": (torch.float32, torch.bfloat16),
     "triton": (torch.float32, torch.float16, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
+    "torch": (torch.float16, torch.bfloat16),
 }
 
 # One entry for each `use_backend` block that this thread or task is inside of, the innermost last.
@@ -36,7 +37,7 @@ _in_use: ContextVar[tuple[list[str], ...]] = ContextVar("cmaclip_backend", defau
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every operator inside the `with` block on one backend: `auto`, `reference`, `cpp`, `triton` or `cuda`.
+    """Run every operator inside the `with` block on one backend: `auto` or one of `BACKENDS`.
 
     Holds for the thread, or the asyncio task, that entered the block; a thread that is started inside it begins without
     (`contextvars.copy_context().run` takes it along). A `backend=` argument goes before it, the environment variable
@@ -55,7 +56,12 @@ def use_backend(name: str) -> Iterator[None]:
 def available_backends(device: torch.device | str = "cpu", operator: str = "modality_pool") -> dict[str, str | None]:
     """For each backend None if `operator` can run on it with tensors of `device`, else the reason why it cannot."""
     device_type = torch.device(device).type
-    return {name: why_not(operator, name, device_type, torch.float32) for name in BACKENDS}
+    return {name: why_not(operator, name, device_type, usual_dtype(name)) for name in BACKENDS}
+
+
+def usual_dtype(backend: str) -> torch.dtype:
+    """float32, or where the backend does not take it the first dtype that it does."""
+    return _DTYPES.get(backend, (torch.float32,))[0]
 
 
 def requested(backend: str | None) -> str:
@@ -68,13 +74,21 @@ def requested(backend: str | None) -> str:
 
 
 def implementation(
-    operator: str, direction: str, backend: str, tensor: Tensor, cannot: tuple[tuple[str, str], ...] = ()
+    operator: str,
+    direction: str,
+    backend: str,
+    tensor: Tensor,
+    cannot: tuple[tuple[str, str], ...] = (),
+    shape: preferences.Shape = (),
 ) -> Callable[..., Any]:
     """The function that computes `direction` ("forward", "backward") of `operator` on `tensor`'s device and dtype.
 
-    `cannot` names backends that this call's shapes rule out, each with the reason.
+    `cannot` names backends that this call's shapes rule out, each with the reason; `shape` is the class of shapes by
+    which `auto` looks up its measurements.
     """
-    return _implementation(operator, direction, decided(backend), tensor.device.type, tensor.dtype, cannot)
+    device = tensor.device
+    machine = device.type, preferences.architecture(device)
+    return _implementation(operator, direction, decided(backend), *machine, tensor.dtype, cannot, shape)
 
 
 def uses_cpp() -> bool:
@@ -112,20 +126,26 @@ def _implementation(
     direction: str,
     backend: str,
     device_type: str,
+    architecture: str,
     dtype: torch.dtype,
     cannot: tuple[tuple[str, str], ...],
+    shape: preferences.Shape,
 ) -> Callable[..., Any]:
     def reason_against(name: str) -> str | None:
         return dict(cannot).get(name) or why_not(operator, name, device_type, dtype)
 
     if backend == "auto":
-        candidates = _FASTEST_FIRST.get(device_type, ("reference",))
+        candidates: tuple[str, ...] = _ON_CPU
+        if device_type != "cpu":
+            candidates = preferences.order(operator, direction, dtype, architecture, shape)
         backend = next(name for name in candidates if reason_against(name) is None)
     reason = reason_against(backend)
     if reason is not None:
         raise RuntimeError(f"{operator} cannot run on the backend '{backend}': {reason}")
     if backend == "reference":
         return _without_autocast(getattr(reference, f"{operator}_{direction}"), device_type)
+    if backend == "torch":
+        return getattr(varlen, direction)
     if backend == "triton":
         return getattr(importlib.import_module(f"cmaclip_fast.kernels.{operator}"), direction)
     return getattr(torch.ops.cmaclip, f"_{operator}_{direction}_{backend}").default
@@ -144,7 +164,7 @@ def why_not(operator: str, backend: str, device_type: str, dtype: torch.dtype) -
     """None if `backend` can run `operator` on tensors of that device and dtype, else the reason why it cannot."""
     if backend == "reference":
         return None
-    check = {"cpp": _why_not_cpp, "triton": _why_not_triton, "cuda": _why_not_cuda}[backend]
+    check = {"cpp": _why_not_cpp, "triton": _why_not_triton, "cuda": _why_not_cuda, "torch": _why_not_torch}[backend]
     reason = check(operator, device_type)
     if reason is None and dtype not in _DTYPES[backend]:
         names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES[backend])
@@ -188,6 +208,15 @@ def _why_not_triton(operator: str, device_type: str) -> str | None:
     if importlib.util.find_spec(f"cmaclip_fast.kernels.{operator}") is None:
         return f"it has no {operator}"
     return None
+
+
+def _why_not_torch(operator: str, device_type: str) -> str | None:
+    if operator != "packed_attention":
+        return f"it has no {operator}"
+    reason = varlen.why_not()
+    if reason is None and device_type != "cuda":
+        return f"it takes tensors on a GPU, not on {device_type}"
+    return reason
 
 
 def _why_not_registered(operator: str, backend: str) -> str | None:

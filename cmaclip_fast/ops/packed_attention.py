@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from cmaclip_fast.ops import autocast, checks, derivatives, dispatch, reference
+from cmaclip_fast.ops import autocast, checks, derivatives, dispatch, preferences, reference, varlen
 
 # The largest that csrc/cuda/packed_attention_launch.h compiles.
 CUDA_HEAD_SIZE = 128
@@ -50,7 +51,8 @@ def packed_attention(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device, or strides, or `cu_seqlens` that decrease
             or overrun (checked on the CPU; on a GPU if CMACLIP_DEBUG=1).
-        RuntimeError: the backend asked for cannot run.
+        RuntimeError: the backend asked for cannot run; `torch` says so in the backward too, where the log-sum-exp has a
+            gradient.
     """
     if dispatch.straight_to_cpp(backend, q, k, v, cu_seqlens_q, cu_seqlens_k) and q.ndim == 3:
         run = torch.ops.cmaclip._packed_attention_forward_cpp.default
@@ -106,7 +108,8 @@ def _forward(
     checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q, len(q), max_seqlen_q)
     checks.cu_seqlens("cu_seqlens_k", cu_seqlens_k, len(k), max_seqlen_k)
     checks.not_nan(q=q, k=k, v=v)
-    run = dispatch.implementation("packed_attention", "forward", backend, q, _cannot(q))
+    shape = preferences.shape_class(q.shape[2], max_seqlen_q, max_seqlen_k)
+    run = dispatch.implementation("packed_attention", "forward", backend, q, _cannot(q), shape)
     q, k, v = (_last_contiguous(x) for x in (q, k, v))
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     return run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal)
@@ -132,7 +135,11 @@ def _backward(
     causal: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = dispatch.implementation("packed_attention", "backward", backend, q, _cannot(q))
+    cannot = _cannot(q)
+    if grad_lse is not None:
+        cannot = (*cannot, ("torch", "its backward takes no gradient of the log-sum-exp"))
+    shape = preferences.shape_class(q.shape[2], max_seqlen_q, max_seqlen_k)
+    run = dispatch.implementation("packed_attention", "backward", backend, q, cannot, shape)
     q, k, v = (_last_contiguous(x) for x in (q, k, v))
     return run(
         grad_out.contiguous(),
@@ -209,9 +216,16 @@ library.register_autograd("cmaclip::packed_attention", _autograd, setup_context=
 derivatives.register_second("packed_attention", reference.packed_attention_backward)
 
 
+@functools.cache
+def _head_size_reasons(size: int) -> tuple[tuple[str, str], ...]:
+    reasons = {"torch": varlen.why_not_head_size(size)}
+    if size > CUDA_HEAD_SIZE:
+        reasons["cuda"] = f"it takes head sizes of at most {CUDA_HEAD_SIZE}, not {size}"
+    return tuple((backend, reason) for backend, reason in reasons.items() if reason is not None)
+
+
 def _cannot(q: Tensor) -> tuple[tuple[str, str], ...]:
-    size = q.shape[2]
-    return (("cuda", f"it takes head sizes of at most {CUDA_HEAD_SIZE}, not {size}"),) if size > CUDA_HEAD_SIZE else ()
+    return _head_size_reasons(q.shape[2])
 
 
 def _last_contiguous(tensor: Tensor) -> Tensor:
