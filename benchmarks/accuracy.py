@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.page import insert
-from cmaclip_fast.artifact import METRICS, load_model, partial_directory, versions
+from cmaclip_fast.artifact import METRICS, load_model, versions
 from cmaclip_fast.data import read_table
 from cmaclip_fast.explanation import explain
 from cmaclip_fast.report import render_explanation
 from cmaclip_fast.training import CHECKPOINT, TrainingRun, train
+from cmaclip_fast.working import partial_directory
 
 TARGETS = {"category": 0.50, "subcategory": 0.40, "color": 0.85}
 BASELINE = {"category": (0.436, 0.482, 0.559), "subcategory": (0.356, 0.328, 0.473), "color": (0.479, 0.750, 0.793)}

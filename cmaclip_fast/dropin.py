@@ -85,7 +85,7 @@ def _accelerated_class(module: Any) -> type[nn.Module] | None:
 
 
 def _why_not(module: nn.Module) -> str:
-    """Why a module of a known class can never be accelerated, or ""; what can be undone, such as hooks, is no reason."""
+    """Why a module of a known class can never be accelerated, or ""; hooks and the like, which can go, do not count."""
     if isinstance(module, nn.TransformerEncoder):
         for block in module.layers:
             attention = getattr(block, "self_attn", None)

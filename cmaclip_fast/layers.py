@@ -277,7 +277,11 @@ def _layer(
     weights = [*read, *(product for product in products if isinstance(product, Weights))]
     if not all(is_ordinary(*part) for part in weights):
         return None
-    return Layer(attention.num_heads, norm_first, *norms, *read, products[0], activation, products[1], **after)
+    qkv, out = read
+    expand_by, contract_by = products
+    return Layer(
+        attention.num_heads, norm_first, norms[0], norms[1], qkv, out, expand_by, activation, contract_by, **after
+    )
 
 
 def weights_of(module: nn.Module) -> Weights | nn.Module:

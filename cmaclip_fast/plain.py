@@ -138,7 +138,7 @@ def can_be_packed(x: Tensor) -> bool:
 
 
 def acts_on_tokens(module: nn.Module) -> bool:
-    """Whether a call of the module does the same to packed tokens, since it is linear, with low-rank adapters or not."""
+    """Whether a call of the module does the same to packed tokens, being linear, with low-rank adapters or not."""
     return is_linear(module) or _is_low_rank_linear(module)
 
 

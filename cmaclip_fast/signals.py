@@ -55,8 +55,10 @@ def install() -> dict[int, object]:
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    found = {number: signal.getsignal(number) for number in SIGNALS}
+    before: dict[int, object] = {
+        number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)
+    }
     for number in before:
         signal.signal(number, _handle)
     return before

@@ -117,7 +117,8 @@ def read_files(files: list[Path]) -> Rows:
         InputError: a file is empty, malformed, or its columns have other types than those of the file before.
     """
     on_disk = sum(_parquet_bytes(file) for file in files) > IN_MEMORY
-    tables, mixed = [], {}
+    tables: list[pa.Table] = []
+    mixed: dict[str, str] = {}
     for file in files:
         table, found = _read_file(file, on_disk)
         tables.append(table)
@@ -280,7 +281,7 @@ def _read_csv(file: Path, separator: str) -> pa.Table:
         _check_names(file, header)
         _check_separator(file, header, separator)
         rows = _csv_rows(reader, file, len(header))
-        tables = []
+        tables: list[pa.Table] = []
         while chunk := list(islice(rows, _ROWS_AT_ONCE)):
             first = len(tables) * _ROWS_AT_ONCE + 1
             columns = ([cell or None for cell in column] for column in zip(*chunk, strict=True))

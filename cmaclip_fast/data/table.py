@@ -85,7 +85,7 @@ class Table:
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that were read, or the folder."""
-        return self._source.read.files
+        return tuple(self._source.read.files)
 
     @property
     def columns(self) -> Columns:
