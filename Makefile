@@ -10,6 +10,7 @@
 # make gpu-kit  write dist/gpu-kit: what proves and times the package on a GPU, on a machine without a network
 # make gpu      run the kit on this machine's GPU and write docs/gpu.md, or say that nothing was run
 # make tables   compile all kernels, count in the emulator, and write the tables of docs/kernels.md
+# make reliability  count what the tests try of bad inputs, kills and faults, and write docs/reliability.md
 # make lint | clean
 
 PYTHON ?= python3
@@ -89,6 +90,9 @@ test-avx2: install
 
 test-avx2-all: install
 	$(AVX2) $(PYTEST)
+
+reliability: install
+	$(BIN)/python -m benchmarks.reliability
 
 mutants: install
 	$(BIN)/python tests/mutants/run.py
