@@ -27,13 +27,17 @@ REQUIREMENTS = (
     *("open_clip_torch", "ftfy", "wcwidth"),
     *("pydantic", "pydantic_core", "annotated-types", "typing-inspection", "typing_extensions"),
     *("datasets", "dill", "multiprocess", "xxhash"),
+    "threadpoolctl",  # of the tests
 )
 """What a machine with PyTorch and its usual company lacks, in the versions of constraints.txt."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 SOURCES = ("cmaclip_fast", "kernels", "csrc/cpu", "csrc/cuda", "csrc/include")
 SOURCE_FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
 CARRIED = ("benchmarks/gpu_kit", "benchmarks/operators.py", "tests/gpu", "tests/ops/__init__.py")
-CARRIED_FILES = ("tests/__init__.py", "tests/conftest.py", "tests/ops/support.py", "pyproject.toml", "LICENSE")
+CARRIED_FILES = (
+    *("tests/__init__.py", "tests/conftest.py", "tests/rule.py", "tests/ops/support.py"),
+    *("pyproject.toml", "LICENSE"),
+)
 BUILT_FILES = ("_C.abi3.so", "_build.py")
 MARK = "kit.json"
 
@@ -105,7 +109,7 @@ def own_wheel(reuse_extension: bool) -> Path:
 
 def _build_wheel(sources: list[Path], folder: Path, reuse_extension: bool) -> None:
     # A copy of the sources has objects of its own, which stay for the next build.
-    copy = CACHE / "source"
+    copy = CACHE / ("source-pure" if reuse_extension else "source")
     wanted = {copy / path.relative_to(ROOT): path for path in sources}
     for old in [path for name in SOURCES for path in files(copy / name) if path not in wanted]:
         old.unlink()

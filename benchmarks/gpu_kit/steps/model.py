@@ -6,11 +6,11 @@ import copy
 from dataclasses import replace
 
 import torch
-from cmaclip_fast.inference import InferenceModel
 from torch import Tensor
 
 from benchmarks.gpu_kit.result import Result, main
 from cmaclip_fast.bench.workloads import FUSION_DEPTH, SMALL, make_model
+from cmaclip_fast.classifier.engine import Engine
 from cmaclip_fast.data import read_table
 from cmaclip_fast.losses import multitask_loss
 from cmaclip_fast.model import CMACLIP
@@ -73,7 +73,8 @@ def classify(result: Result, model: CMACLIP, batch: Batch, dtype: torch.dtype) -
     """bfloat16 against float32 by classes, and with CUDA graphs against without on two different batches."""
     with torch.inference_mode():
         wide = model(batch).logits
-    plain, recorded = (InferenceModel(model, dtype, graphs=graphs) for graphs in (False, True))
+    precision = str(dtype).removeprefix("torch.")
+    plain, recorded = (Engine(model, precision=precision, graphs=graphs) for graphs in (False, True))
     narrow = plain(batch).logits
     agree = {task: float((narrow[task].argmax(1) == wide[task].argmax(1)).float().mean()) for task in wide}
     result.data["argmax_agreement"] = agree

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cmaclip_fast.inference import InferenceModel
 from torch import Tensor
 
 from benchmarks.gpu_kit.result import Result, main
@@ -22,6 +21,7 @@ from cmaclip_fast.bench.peers.ours import Ours
 from cmaclip_fast.bench.peers.plain import PlainLongest
 from cmaclip_fast.bench.timing import Spread, alternate
 from cmaclip_fast.bench.workloads import FUSION_DEPTH, SMALL, Texts, Workload, make_batches, make_model
+from cmaclip_fast.classifier.engine import Engine
 from cmaclip_fast.model import CMACLIP
 from cmaclip_fast.types import Batch
 
@@ -34,7 +34,7 @@ class WithoutGraphs(Ours):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self._run = InferenceModel(setting.model, setting.dtype, graphs=False)
+        self._run = Engine(setting.model, precision=str(setting.dtype).removeprefix("torch."), graphs=False)
 
 
 class WholeCompiled(PlainLongest):
