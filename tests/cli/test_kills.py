@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from cmaclip_fast import CMACLIP, InputError, bulk, fitting, signals, working
-from cmaclip_fast.artifact import FILES, load_config
+from cmaclip_fast.artifact import FILES, load_config, load_model
 from cmaclip_fast.working import RUN, WorkingFolder
 
 from .conftest import COLUMNS, QUICK, Done, write_data
@@ -241,7 +241,7 @@ def test_a_signal_ends_training_after_its_step(
     assert signal.getsignal(getattr(signal, name)) is before
     again = cmaclip(*training, "--resume")
     assert again.code == 0 and "resumed after epoch 1" in again.err, again.err
-    expected, found = CMACLIP.load(artifact).state_dict(), CMACLIP.load(tmp_path / "run").state_dict()
+    expected, found = load_model(artifact).state_dict(), load_model(tmp_path / "run").state_dict()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
