@@ -119,7 +119,9 @@ def _metrics(probabilities: Tensor, labels: Tensor, target: float, with_classes:
         class_f1=f1,
         class_recall_at_precision=recall_at,
         class_threshold=[None if math.isinf(value) else value for value in thresholds.tolist()],
-        confusion=torch.sparse_coo_tensor(pairs, torch.ones_like(labels), (classes, classes)).coalesce(),
+        confusion=torch.sparse_coo_tensor(
+            pairs, torch.ones_like(labels), (classes, classes), check_invariants=False
+        ).coalesce(),
     )
 
 
