@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,16 @@ from .conftest import COLUMNS, QUICK, Done, write_data
 Run = Callable[..., Done]
 WORDS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 OPERATIONS = ("replace", "rename", "unlink", "rmdir", "mkdir", "open", "chmod")
+
+
+@pytest.fixture(autouse=True)
+def as_from_a_terminal() -> Iterator[None]:
+    """The signals are not ignored, as they would be under `nohup` or in a background job."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in signals.SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def killed_at(number: int, work: Callable[[], None]) -> bool:
