@@ -106,7 +106,7 @@ class _PicturesInHdf5:
         for file, length in zip(self._open, self._lengths, strict=True):
             if row < length:
                 stream = io.BytesIO()
-                Image.fromarray(file["input_image"][row]).save(stream, "PPM")
+                Image.fromarray(file["input_image"][row]).save(stream, "BMP")
                 return stream.getvalue()
             row -= length
         raise IndexError("row is past the last picture")
