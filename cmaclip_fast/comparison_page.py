@@ -38,7 +38,7 @@ def write_page(records: Sequence[Record], output: Path, command: str, target_pre
     Returns:
         The page.
     """
-    lines = ["# Systems compared", "", f"`{one_line(command)}`", ""]
+    lines = ["# Systems compared", "", f"`{_shown(command)}`", ""]
     numbers: dict[str, Any] = {"command": command, "target_precision": target_precision, "data": {}}
     for data in _unique(r["data"] for r in records):
         part = [r for r in records if r["data"] == data]

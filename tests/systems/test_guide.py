@@ -51,8 +51,8 @@ def test_the_example_trains_and_comes_back(gmu: str, cmaclip: Callable[..., Done
 
 def test_an_artefact_of_a_system_that_is_gone_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
-        '{"system": "gmu", "model": {}, "tasks": {"a": ["b", "c"]}, "preprocessing": {}, "tokenizer": {}, "source": "", '
-        '"columns": {"image": null, "text": null, "tasks": ["a"]}, "training": {}, "versions": {}}'
+        '{"system": "gmu", "model": {}, "tasks": {"a": ["b", "c"]}, "preprocessing": {}, "tokenizer": {}, '
+        '"source": "", "columns": {"image": null, "text": null, "tasks": ["a"]}, "training": {}, "versions": {}}'
     )
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="gmu: unknown"):
