@@ -77,6 +77,11 @@ class Examples(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.table)
 
+    @property
+    def has_images(self) -> bool:
+        """Whether any row has a picture."""
+        return any(self.table.has_image(row) for row in range(len(self)))
+
     def set_epoch(self, epoch: int) -> None:
         """Other random changes of the rows, and another order in the loaders that shuffle them."""
         self.epoch = epoch
