@@ -284,7 +284,7 @@ def evaluate(
     target = _device(device)
     headlines: dict[str, dict[str, dict[str, float]]] = {}
     groups: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    for view in VIEWS:  # one at a time: with thousands of classes each takes much memory
+    for view in VIEWS:
         answers = classify(model, examples, batch_size, target, view, f"evaluating, {view}")
         headlines[view] = answers.headlines(precision)
         for group, part in ({} if by is None else answers.by_value(examples.table.labels(by))).items():

@@ -519,7 +519,7 @@ def curve(model: System, test: Table, kind: Kind, clean: Classified, target_prec
 def _by_value(answers: Classified, values: Sequence[str | None], target_precision: float) -> dict[str, Any]:
     """For each value, and `none`, each task's metrics on the rows that have it."""
     return {
-        value: {task: metrics.headline() for task, metrics in part.metrics(target_precision).items() if metrics.rows}
+        value: {task: numbers for task, numbers in part.headlines(target_precision).items() if numbers["rows"]}
         for value, part in answers.by_value(values).items()
     }
 
@@ -527,25 +527,27 @@ def _by_value(answers: Classified, values: Sequence[str | None], target_precisio
 def _mixed(clean: Classified, damaged: Classified, hit: torch.Tensor) -> Classified:
     """The answers to `damaged` where `hit [N]`, else to `clean`."""
 
-    def choose(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return torch.where(hit[:, None], other, one)
+    def choose(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {task: torch.where(hit if v.ndim == 1 else hit[:, None], other[task], v) for task, v in one.items()}
 
     weights = None
     if clean.weights is not None and damaged.weights is not None:
-        weights = {task: choose(w, damaged.weights[task]) for task, w in clean.weights.items()}
+        weights = choose(clean.weights, damaged.weights)
     return replace(
         clean,
-        probabilities={task: choose(p, damaged.probabilities[task]) for task, p in clean.probabilities.items()},
+        predicted=choose(clean.predicted, damaged.predicted),
+        confidence=choose(clean.confidence, damaged.confidence),
+        likelihood=choose(clean.likelihood, damaged.likelihood),
         weights=weights,
-        present=choose(clean.present, damaged.present),
+        present=torch.where(hit[:, None], damaged.present, clean.present),
     )
 
 
 def _point(level: float, answers: Classified, target_precision: float) -> dict[str, Any]:
     tasks = {
-        task: {name: value for name, value in m.headline().items() if name != "rows"}
-        for task, m in answers.metrics(target_precision).items()
-        if m.rows
+        task: {name: value for name, value in numbers.items() if name != "rows"}
+        for task, numbers in answers.headlines(target_precision).items()
+        if numbers["rows"]
     }
     text = None if answers.weights is None else {t: float(w[:, 0].mean()) for t, w in answers.weights.items()}
     return {"level": level, "tasks": tasks, "text_weight": text}

@@ -69,6 +69,6 @@ def test_no_labelled_row_and_no_right_row() -> None:
 
 def test_curve_ends_where_everything_is_answered() -> None:
     probabilities, labels = draw(5, 50, 3)
-    precision, recall = micro_curve(probabilities, labels)
+    precision, recall = micro_curve(*probabilities.max(1), labels)
     accuracy = task_metrics(probabilities, labels).accuracy
     assert float(recall.max()) == pytest.approx(accuracy) and float(precision[0]) == pytest.approx(accuracy)
