@@ -132,7 +132,9 @@ def _metrics(confidence: Tensor, predicted: Tensor, labels: Tensor, classes: int
         class_f1=f1,
         class_recall_at_precision=torch.full((classes,), torch.nan),
         class_threshold=[None] * classes,
-        confusion=torch.sparse_coo_tensor(pairs, torch.ones_like(labels), (classes, classes)).coalesce(),
+        confusion=torch.sparse_coo_tensor(
+            pairs, torch.ones_like(labels), (classes, classes), check_invariants=True
+        ).coalesce(),
     )
 
 
@@ -143,6 +145,8 @@ def _fill_class_recall(
 
     What torchmetrics' `multiclass_recall_at_fixed_precision` gives, for many classes at a time.
     """
+    if len(labels) == 0:
+        return
     rows = torch.arange(1, len(labels) + 1)
     for part in labels.unique().split(max(1, _SORTED_AT_ONCE // max(1, len(labels)))):
         scores, order = probabilities[:, part].T.contiguous().sort(dim=1, descending=True)
