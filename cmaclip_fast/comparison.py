@@ -33,7 +33,7 @@ from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.split import split_table
 from cmaclip_fast.data.table import Table
 from cmaclip_fast.data.tokenizer import TrainedTokenizer
-from cmaclip_fast.errors import InputError
+from cmaclip_fast.errors import InputError, listed
 from cmaclip_fast.evaluation import Classified, classify
 from cmaclip_fast.explanation import explain
 from cmaclip_fast.files import cannot, write_json
@@ -379,7 +379,7 @@ def _check_columns(comparison: Comparison, table: Table) -> None:
     for option, column in (("--by", comparison.by), ("--train-on", comparison.train_on and comparison.train_on[0])):
         if column is not None and column not in (names := table.column_names):
             raise InputError(
-                f"{option} {column}: {table.name} has no such column{near(column, names)}: {', '.join(names)}"
+                f"{option} {column}: {table.name} has no such column{near(column, names)}: {listed(names)}"
             )
     if comparison.train_on is not None:
         column, value = comparison.train_on
