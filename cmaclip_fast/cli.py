@@ -17,7 +17,7 @@ from rich.markdown import Markdown
 from rich.table import Table as RichTable
 
 from cmaclip_fast import signals
-from cmaclip_fast.errors import InputError, one_line
+from cmaclip_fast.errors import InputError, clipped, listed, one_line
 from cmaclip_fast.progress import Console
 
 if TYPE_CHECKING:
@@ -95,6 +95,12 @@ BatchOption = Annotated[int, typer.Option(min=1, help="Rows at a time.")]
 ModelArgument = Annotated[Path, typer.Argument(help="A folder that `cmaclip train` wrote.")]
 
 MAX_PIXELS = 50_000_000
+
+CELL = 300
+"""The most characters of a cell that `data show` prints."""
+
+SHOWN_GROUPS = 100
+"""The most values of the column of `evaluate --by` that are printed; --json has all of them."""
 
 
 @app.command()
@@ -274,7 +280,7 @@ def evaluate(
     if json_file is not None:
         check_output_file(json_file, overwrite=True, inputs=_read_files(directory, table))
     if by is not None and by not in (names := table.column_names):
-        raise InputError(f"--by {by}: {table.name} has no such column{near(by, names)}: {', '.join(names)}")
+        raise InputError(f"--by {by}: {table.name} has no such column{near(by, names)}: {listed(names)}")
     for spec in noise or []:
         table = add_noise(table, parse_noise(spec))
     examples = _examples(model, table, "ignore" if ignore_unknown else "error", task)
@@ -284,7 +290,7 @@ def evaluate(
     target = _device(device)
     headlines: dict[str, dict[str, dict[str, float]]] = {}
     groups: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    for view in VIEWS:  # one at a time: with thousands of classes each takes much memory
+    for view in VIEWS:
         answers = classify(model, examples, batch_size, target, view, f"evaluating, {view}")
         headlines[view] = answers.headlines(precision)
         for group, part in ({} if by is None else answers.by_value(examples.table.labels(by))).items():
@@ -624,20 +630,20 @@ def data_show(
     found = describe(_read(name, image, text, task, None, image_dir, MAX_PIXELS))
     facts = RichTable.grid(padding=(0, 2))
     facts.add_row("name", found.name)
-    facts.add_row("rows", ", ".join(f"{split} {rows:,}" for split, rows in found.rows.items()))
-    facts.add_row("columns", ", ".join(found.column_names))
+    facts.add_row("rows", listed([f"{clipped(split, 60)} {rows:,}" for split, rows in found.rows.items()]))
+    facts.add_row("columns", listed(found.column_names))
     facts.add_row("used", _used(found.columns))
     facts.add_row("licence", found.licence or "unknown")
     if found.text_words is not None:
         facts.add_row("words of a text", ", ".join(f"{k} {v:.3g}" for k, v in found.text_words.items()))
-    facts.add_row("absent", ", ".join(f"{k} {v:,}" for k, v in found.absent.items() if v) or "nothing")
+    facts.add_row("absent", listed([f"{clipped(k, 60)} {v:,}" for k, v in found.absent.items() if v]) or "nothing")
     for name_, classes in found.classes.items():
-        shown = ", ".join(f"{label} {rows:,}" for label, rows in list(classes.items())[:12])
-        more = f", and {len(classes) - 12} more" if len(classes) > 12 else ""
-        facts.add_row(name_, f"{len(classes)} classes: {shown}{more}")
+        shown = listed([f"{clipped(label, 60)} {rows:,}" for label, rows in classes.items()], most=12)
+        facts.add_row(clipped(name_), f"{len(classes)} classes: {shown}")
     out.print(facts, highlight=False)
     for example in found.examples:
-        out.print("- " + "; ".join(f"{k}: {v}" for k, v in example.items()), highlight=False, markup=False)
+        cells = (f"{clipped(k)}: {clipped(str(v), CELL)}" for k, v in example.items())
+        out.print("- " + "; ".join(cells), highlight=False, markup=False)
     if found.card is not None:
         out.print(Markdown(found.card))
 
@@ -645,7 +651,7 @@ def data_show(
 def _used(columns: Columns) -> str:
     parts = [f"image {columns.image}", f"text {columns.text}"]
     parts += [f"task {name}" for name in columns.tasks] + [f"key {name}" for name in columns.keys]
-    return ", ".join(parts + ([f"split {columns.split}"] if columns.split else []))
+    return listed(parts + ([f"split {columns.split}"] if columns.split else []))
 
 
 def metrics_table(metrics: dict[str, dict[str, dict[str, float]]], precision: float) -> RichTable:
@@ -657,20 +663,27 @@ def metrics_table(metrics: dict[str, dict[str, dict[str, float]]], precision: fl
         for view, tasks in metrics.items():
             m = tasks[task]
             numbers = [f"{m[k]:.3f}" for k in ("accuracy", "macro_f1", "recall_at_precision")]
-            table.add_row(task, view, *numbers, f"{m['rows']:.0f}", style="bold" if view == "both" else None)
+            table.add_row(clipped(task), view, *numbers, f"{m['rows']:.0f}", style="bold" if view == "both" else None)
     return table
 
 
 def groups_table(groups: dict[str, dict[str, dict[str, dict[str, float]]]], column: str) -> RichTable:
-    """Each task's accuracy with both modalities, for each value of a column."""
+    """Each task's accuracy with both modalities, for each value of a column: the values with the most rows."""
     tasks = list(next(iter(groups.values()))["both"])
-    table = RichTable(column, *(f"{task} accuracy" for task in tasks), "rows", box=None)
+    table = RichTable(clipped(column), *(f"{clipped(task)} accuracy" for task in tasks), "rows", box=None)
     for number in table.columns[1:]:
         number.justify = "right"
-    for value, views in groups.items():
-        measured = views["both"]
+
+    def rows(value: str) -> float:
+        return max(m["rows"] for m in groups[value]["both"].values())
+
+    largest = set(sorted(groups, key=rows, reverse=True)[:SHOWN_GROUPS])
+    for value in (value for value in groups if value in largest):
+        measured = groups[value]["both"]
         numbers = [f"{measured[task]['accuracy']:.3f}" if measured[task]["rows"] else "-" for task in tasks]
-        table.add_row(value, *numbers, f"{max(m['rows'] for m in measured.values()):.0f}")
+        table.add_row(clipped(value), *numbers, f"{rows(value):.0f}")
+    if len(groups) > len(largest):
+        table.caption = f"the {len(largest)} values of {len(groups):,} with the most rows; --json has them all"
     return table
 
 

@@ -33,7 +33,7 @@ from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.split import split_table
 from cmaclip_fast.data.table import Table
 from cmaclip_fast.data.tokenizer import TrainedTokenizer
-from cmaclip_fast.errors import InputError
+from cmaclip_fast.errors import InputError, listed
 from cmaclip_fast.evaluation import Classified, classify
 from cmaclip_fast.explanation import explain
 from cmaclip_fast.files import cannot, write_json
@@ -379,7 +379,7 @@ def _check_columns(comparison: Comparison, table: Table) -> None:
     for option, column in (("--by", comparison.by), ("--train-on", comparison.train_on and comparison.train_on[0])):
         if column is not None and column not in (names := table.column_names):
             raise InputError(
-                f"{option} {column}: {table.name} has no such column{near(column, names)}: {', '.join(names)}"
+                f"{option} {column}: {table.name} has no such column{near(column, names)}: {listed(names)}"
             )
     if comparison.train_on is not None:
         column, value = comparison.train_on
@@ -519,7 +519,7 @@ def curve(model: System, test: Table, kind: Kind, clean: Classified, target_prec
 def _by_value(answers: Classified, values: Sequence[str | None], target_precision: float) -> dict[str, Any]:
     """For each value, and `none`, each task's metrics on the rows that have it."""
     return {
-        value: {task: metrics.headline() for task, metrics in part.metrics(target_precision).items() if metrics.rows}
+        value: {task: numbers for task, numbers in part.headlines(target_precision).items() if numbers["rows"]}
         for value, part in answers.by_value(values).items()
     }
 
@@ -527,25 +527,27 @@ def _by_value(answers: Classified, values: Sequence[str | None], target_precisio
 def _mixed(clean: Classified, damaged: Classified, hit: torch.Tensor) -> Classified:
     """The answers to `damaged` where `hit [N]`, else to `clean`."""
 
-    def choose(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return torch.where(hit[:, None], other, one)
+    def choose(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {task: torch.where(hit if v.ndim == 1 else hit[:, None], other[task], v) for task, v in one.items()}
 
     weights = None
     if clean.weights is not None and damaged.weights is not None:
-        weights = {task: choose(w, damaged.weights[task]) for task, w in clean.weights.items()}
+        weights = choose(clean.weights, damaged.weights)
     return replace(
         clean,
-        probabilities={task: choose(p, damaged.probabilities[task]) for task, p in clean.probabilities.items()},
+        predicted=choose(clean.predicted, damaged.predicted),
+        confidence=choose(clean.confidence, damaged.confidence),
+        likelihood=choose(clean.likelihood, damaged.likelihood),
         weights=weights,
-        present=choose(clean.present, damaged.present),
+        present=torch.where(hit[:, None], damaged.present, clean.present),
     )
 
 
 def _point(level: float, answers: Classified, target_precision: float) -> dict[str, Any]:
     tasks = {
-        task: {name: value for name, value in m.headline().items() if name != "rows"}
-        for task, m in answers.metrics(target_precision).items()
-        if m.rows
+        task: {name: value for name, value in numbers.items() if name != "rows"}
+        for task, numbers in answers.headlines(target_precision).items()
+        if numbers["rows"]
     }
     text = None if answers.weights is None else {t: float(w[:, 0].mean()) for t, w in answers.weights.items()}
     return {"level": level, "tasks": tasks, "text_weight": text}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -39,24 +39,36 @@ class Classified:
     """A model's answers for the rows of a table.
 
     Attributes:
-        probabilities: for each task `[N, C_task]`.
+        predicted, confidence: for each task `[N]`, the most probable class and its probability.
         labels: for each task `[N]`, -1 where unlabelled.
+        likelihood: for each labelled task `[N]`, the probability of the label; of no meaning where unlabelled.
         weights: for each task `[N, 2]`, text and image; None for a system without them.
         present: `[N, 2]`, what each row had.
+        probabilities: for each task `[N, C_task]`; empty unless asked for, since many classes take gigabytes.
     """
 
-    probabilities: dict[str, Tensor]
+    predicted: dict[str, Tensor]
+    confidence: dict[str, Tensor]
     labels: dict[str, Tensor]
+    likelihood: dict[str, Tensor]
     weights: dict[str, Tensor] | None
     present: Tensor
+    probabilities: dict[str, Tensor] = field(default_factory=dict)
 
     def select(self, rows: Tensor) -> Classified:
         """The answers for some of the rows: a mask `[N]`, or their numbers."""
+
+        def chosen(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {task: of_task[rows] for task, of_task in values.items()}
+
         return Classified(
-            {task: probabilities[rows] for task, probabilities in self.probabilities.items()},
-            {task: labels[rows] for task, labels in self.labels.items()},
-            None if self.weights is None else {task: weights[rows] for task, weights in self.weights.items()},
+            chosen(self.predicted),
+            chosen(self.confidence),
+            chosen(self.labels),
+            chosen(self.likelihood),
+            None if self.weights is None else chosen(self.weights),
             self.present[rows],
+            chosen(self.probabilities),
         )
 
     def by_value(self, values: Sequence[str | None]) -> dict[str, Classified]:
@@ -69,7 +81,7 @@ class Classified:
     def loss(self) -> float:
         """The mean over tasks of the mean negative log-likelihood of their labelled rows."""
         losses = [
-            F.nll_loss(self.probabilities[task].clamp_min(1e-12).log(), labels, ignore_index=-1)
+            F.nll_loss(self.likelihood[task].clamp_min(1e-12).log()[:, None], labels.clamp(max=0), ignore_index=-1)
             for task, labels in self.labels.items()
             if (labels >= 0).any()
         ]
@@ -78,13 +90,13 @@ class Classified:
     def headlines(self, target_precision: float = 0.9) -> dict[str, dict[str, float]]:
         """Each task's headline numbers (see `TaskMetrics.headline`)."""
         return {
-            task: headline_metrics(probabilities, self.labels[task], target_precision)
-            for task, probabilities in self.probabilities.items()
+            task: headline_metrics(self.confidence[task], predicted, self.labels[task], target_precision)
+            for task, predicted in self.predicted.items()
             if task in self.labels
         }
 
     def metrics(self, target_precision: float = 0.9) -> dict[str, TaskMetrics]:
-        """Each task's metrics on its labelled rows."""
+        """Each task's metrics on its labelled rows; needs `probabilities`."""
         return {
             task: task_metrics(probabilities, self.labels[task], target_precision)
             for task, probabilities in self.probabilities.items()
@@ -99,29 +111,47 @@ def classify(
     device: torch.device | str = "cpu",
     view: str = "both",
     description: str | None = None,
+    with_probabilities: bool = False,
 ) -> Classified:
     """Classifies all rows, in order.
 
     Args:
         view: a key of `VIEWS`.
         description: shown with a progress bar; None shows none.
+        with_probabilities: keep those of every class, which `Classified.metrics` needs.
     """
-    probabilities: dict[str, list[Tensor]] = {}
-    labels: dict[str, list[Tensor]] = {}
-    weights: dict[str, list[Tensor]] = {}
+    parts: dict[str, dict[str, list[Tensor]]] = {
+        name: {} for name in ("predicted", "confidence", "labels", "likelihood", "weights")
+    }
+    probabilities: dict[str, Tensor] = {}
     present: list[Tensor] = []
+    done = 0
     for batch, output in run(model, examples, batch_size, device, view, description):
-        parts = (
-            (probabilities, task_probabilities(output.logits, model.tasks, model.taxonomies)),
-            (labels, {task: values for task, values in batch.labels.items() if task in output.logits}),
-            (weights, output.modality_weights or {}),
-        )
-        for kept, found in parts:
+        found = task_probabilities(output.logits, model.tasks, model.taxonomies)
+        best = {task: values.max(1) for task, values in found.items()}
+        labels = {task: values for task, values in batch.labels.items() if task in found}
+        likelihood = {
+            task: found[task].gather(1, values.clamp_min(0)[:, None])[:, 0] for task, values in labels.items()
+        }
+        for name, of_batch in {
+            "predicted": {task: values.indices for task, values in best.items()},
+            "confidence": {task: values.values for task, values in best.items()},
+            "labels": labels,
+            "likelihood": likelihood,
+            "weights": output.modality_weights or {},
+        }.items():
+            for task, values in of_batch.items():
+                parts[name].setdefault(task, []).append(values.cpu())
+        if with_probabilities:
             for task, values in found.items():
-                kept.setdefault(task, []).append(values.cpu())
+                if task not in probabilities:
+                    probabilities[task] = torch.empty(len(examples), values.shape[1])
+                probabilities[task][done : done + len(batch)] = values
         present.append(batch.present.cpu())
-    joined = [{task: torch.cat(values) for task, values in kept.items()} for kept in (probabilities, labels, weights)]
-    return Classified(joined[0], joined[1], {t: w.float() for t, w in joined[2].items()} or None, torch.cat(present))
+        done += len(batch)
+    joined = {name: {task: torch.cat(values) for task, values in of.items()} for name, of in parts.items()}
+    weights = {task: values.float() for task, values in joined.pop("weights").items()} or None
+    return Classified(**joined, weights=weights, present=torch.cat(present), probabilities=probabilities)
 
 
 @torch.inference_mode()

@@ -28,6 +28,7 @@ from cmaclip_fast.evaluation import classify
 from cmaclip_fast.files import write_tensors
 from cmaclip_fast.losses import contrastive_loss, multitask_loss
 from cmaclip_fast.memory import Meter
+from cmaclip_fast.model import CMACLIP
 from cmaclip_fast.pretrained import TimmImage
 from cmaclip_fast.progress import rate_bar
 from cmaclip_fast.systems.base import System
@@ -130,10 +131,15 @@ TINY_TRAINING = TrainingConfig(
 class Objective(nn.Module):
     """A model and its loss as one module, so that a distributed wrapper sees all that has gradients."""
 
-    def __init__(self, model: System, config: TrainingConfig) -> None:
+    def __init__(self, model: System, config: TrainingConfig, has_images: bool = True) -> None:
+        """
+        Args:
+            has_images: whether any row has one. If not, a CMA-CLIP runs no image tower, nor the heads on it.
+        """
         super().__init__()
         self.model = model
         self.config = config
+        self.is_text_alone = not has_images and isinstance(model, CMACLIP)
 
     def forward(self, batch: Batch, contrastive: bool = False) -> tuple[Tensor, Tensor]:
         """Two scalars: the loss to minimise, and the part of it to report, the mean over tasks without auxiliary terms.
@@ -150,16 +156,20 @@ class Objective(nn.Module):
             return loss, loss.detach()
         mixed, text_rows = self._mismatch(batch)
         hidden = self._hide(mixed)
+        if self.is_text_alone:
+            hidden = replace(hidden, images=hidden.images[:, :, :0, :0])
         output = self.model(hidden)
         loss = self._loss(output.logits, self._labels(batch, text_rows, hidden, output))
         report = loss.detach()
         for extra in self.model.extra_losses(hidden, output).values():
             loss = loss + extra
         if self.model.has_auxiliary_heads and self.config.auxiliary_weight:
-            by_text, by_image = self.model.auxiliary_logits(output)
             of_text = {task: label[text_rows].where(mixed.present[:, TEXT], -1) for task, label in batch.labels.items()}
-            of_image = {task: label.where(batch.present[:, IMAGE], -1) for task, label in batch.labels.items()}
-            loss = loss + self.config.auxiliary_weight * (self._loss(by_text, of_text) + self._loss(by_image, of_image))
+            auxiliary = self._loss(self.model.auxiliary_logits(output, TEXT), of_text)
+            if not self.is_text_alone:
+                of_image = {task: label.where(batch.present[:, IMAGE], -1) for task, label in batch.labels.items()}
+                auxiliary = auxiliary + self._loss(self.model.auxiliary_logits(output, IMAGE), of_image)
+            loss = loss + self.config.auxiliary_weight * auxiliary
         return loss, report
 
     def _loss(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
@@ -240,7 +250,7 @@ def fit(
         gradient_accumulation_steps=config.accumulate,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    objective = Objective(model, config)
+    objective = Objective(model, config, training.has_images)
     if config.small_epochs and (model.config.name != "tiny" or model.config.image_tower is not None):
         name = model.config.name if model.config.image_tower is None else model.config.image_tower.model
         raise InputError(f"small_epochs: '{name}' reads pictures of one size: leave it 0, or train 'tiny'")

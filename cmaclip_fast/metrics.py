@@ -84,28 +84,41 @@ def task_metrics(probabilities: Tensor, labels: Tensor, target_precision: float 
         labels: `[N]` int64, -1 where unlabelled.
         target_precision: for recall at a fixed precision, in (0, 1].
     """
-    return _metrics(probabilities, labels, target_precision, with_classes=True)
-
-
-def headline_metrics(probabilities: Tensor, labels: Tensor, target_precision: float = 0.9) -> dict[str, float]:
-    """The headline of `task_metrics`, without the curves of single classes, which take most of the time."""
-    return _metrics(probabilities, labels, target_precision, with_classes=False).headline()
-
-
-def _metrics(probabilities: Tensor, labels: Tensor, target: float, with_classes: bool) -> TaskMetrics:
     classes = probabilities.shape[1]
+    confidence, predicted = probabilities.float().max(1)
+    found = _metrics(confidence, predicted, labels, classes, target_precision)
     labelled = labels >= 0
-    probabilities, labels = probabilities[labelled].float(), labels[labelled]
-    predicted = probabilities.argmax(1)
+    recall_at, thresholds = torch.full((classes,), torch.nan), torch.full((classes,), torch.inf)
+    chosen = probabilities if labelled.all() else probabilities[labelled]  # of many classes, a copy is large
+    _fill_class_recall(chosen.float(), labels[labelled], target_precision, recall_at, thresholds)
+    found.class_recall_at_precision = recall_at
+    found.class_threshold = [None if math.isinf(value) else value for value in thresholds.tolist()]
+    return found
+
+
+def headline_metrics(
+    confidence: Tensor, predicted: Tensor, labels: Tensor, target_precision: float = 0.9
+) -> dict[str, float]:
+    """The headline of `task_metrics`, from the most probable class of each row alone.
+
+    Args:
+        confidence, predicted: `[N]`, the probability of the most probable class, and its number.
+        labels: `[N]` int64, -1 where unlabelled.
+    """
+    classes = 1 + int(torch.cat([predicted, labels]).max()) if len(labels) else 0
+    return _metrics(confidence, predicted, labels, classes, target_precision).headline()
+
+
+def _metrics(confidence: Tensor, predicted: Tensor, labels: Tensor, classes: int, target: float) -> TaskMetrics:
+    """All but the curves of single classes."""
+    labelled = labels >= 0
+    confidence, predicted, labels = confidence[labelled], predicted[labelled], labels[labelled]
     right = predicted == labels
-    recall, threshold = micro_recall_at_precision(probabilities, labels, target)
+    recall, threshold = micro_recall_at_precision(confidence, right, target)
     hits = torch.bincount(labels[right], minlength=classes)
     class_rows, predictions = (torch.bincount(numbers, minlength=classes) for numbers in (labels, predicted))
     f1 = 2 * hits / (class_rows + predictions).clamp_min(1)
     seen = class_rows + predictions > 0
-    recall_at, thresholds = torch.full((classes,), torch.nan), torch.full((classes,), torch.inf)
-    if with_classes:
-        _fill_class_recall(probabilities, labels, target, recall_at, thresholds)
     pairs = torch.stack([labels, predicted])
     return TaskMetrics(
         rows=len(labels),
@@ -117,10 +130,10 @@ def _metrics(probabilities: Tensor, labels: Tensor, target: float, with_classes:
         class_precision=hits / predictions.clamp_min(1),
         class_recall=hits / class_rows.clamp_min(1),
         class_f1=f1,
-        class_recall_at_precision=recall_at,
-        class_threshold=[None if math.isinf(value) else value for value in thresholds.tolist()],
+        class_recall_at_precision=torch.full((classes,), torch.nan),
+        class_threshold=[None] * classes,
         confusion=torch.sparse_coo_tensor(
-            pairs, torch.ones_like(labels), (classes, classes), check_invariants=False
+            pairs, torch.ones_like(labels), (classes, classes), check_invariants=True
         ).coalesce(),
     )
 
@@ -132,6 +145,8 @@ def _fill_class_recall(
 
     What torchmetrics' `multiclass_recall_at_fixed_precision` gives, for many classes at a time.
     """
+    if len(labels) == 0:
+        return
     rows = torch.arange(1, len(labels) + 1)
     for part in labels.unique().split(max(1, _SORTED_AT_ONCE // max(1, len(labels)))):
         scores, order = probabilities[:, part].T.contiguous().sort(dim=1, descending=True)
@@ -143,27 +158,29 @@ def _fill_class_recall(
         thresholds[part] = scores.gather(1, at[:, None])[:, 0].where(best > 0, torch.inf)
 
 
-def micro_recall_at_precision(probabilities: Tensor, labels: Tensor, target: float) -> tuple[float, float | None]:
+def micro_recall_at_precision(confidence: Tensor, right: Tensor, target: float) -> tuple[float, float | None]:
     """Highest recall over confidence thresholds whose precision is at least `target`, and the threshold.
+
+    From the confidence `[N]` of each labelled row and whether it is right, `[N]` bool.
 
     The binary curve of 'the prediction is right' over confidence has the precision wanted here; its recall is a
     share of the right rows, hence the factor.
     """
-    confidence, predicted = probabilities.max(1)
-    right = (predicted == labels).long()
     if not right.any():
         return 0.0, None
-    recall, threshold = binary_recall_at_fixed_precision(confidence, right, min_precision=target)
+    recall, threshold = binary_recall_at_fixed_precision(confidence, right.long(), min_precision=target)
     if threshold >= UNREACHED or recall == 0:
         return 0.0, None
     return float(recall * right.float().mean()), float(threshold)
 
 
-def micro_curve(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Precision and recall of a task at every confidence threshold, as `micro_recall_at_precision` defines them."""
+def micro_curve(confidence: Tensor, predicted: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Precision and recall of a task at every confidence threshold, as `micro_recall_at_precision` defines them.
+
+    Takes what `headline_metrics` does.
+    """
     labelled = labels >= 0
-    confidence, predicted = probabilities[labelled].max(1)
-    right = (predicted == labels[labelled]).long()
+    confidence, right = confidence[labelled], (predicted == labels)[labelled].long()
     if not right.any():
         return torch.zeros(1), torch.zeros(1)
     precision, recall, _ = binary_precision_recall_curve(confidence, right)

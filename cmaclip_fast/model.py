@@ -181,8 +181,8 @@ class CMACLIP(System):
     def forward(self, batch: Batch, with_attention: bool = False, capacity: int | None = None) -> Output:
         """Classifies a batch.
 
-        In training every text and image is encoded. In evaluation those that are absent are not, and what occurs
-        several times is encoded once.
+        In training every text and image is encoded, unless `batch.images` is empty. In evaluation those that are
+        absent are not, and what occurs several times is encoded once.
 
         Args:
             batch: images `[B, 3, H, W]`, tokens `[B, L]`, text_lengths `[B]`, present `[B, 2]`.
@@ -232,7 +232,7 @@ class CMACLIP(System):
 
     def _image_tokens(self, batch: Batch, once: bool) -> _Tokens:
         images = distinct_images(batch.images, batch.present[:, IMAGE]) if once else None
-        if images is not None and len(images.rows) == 0:
+        if batch.images.numel() == 0 or (images is not None and len(images.rows) == 0):
             return self._no_tokens(batch)
         tokens = self.image_tower(batch.images if images is None else batch.images[images.rows])
         length = tokens.shape[1]

@@ -111,13 +111,13 @@ class HuggingFaceTokenizer(Tokenizer):
             raise InputError(f"{path}: no tokenizer ({' '.join(str(error).split())[:200]}): restore it") from None
         return cls(engine, context_length, pad)
 
-    def encode(self, texts: Sequence[str | None]) -> tuple[Tensor, Tensor, int]:
-        encodings = self._engine.encode_batch([text or "" for text in texts])
+    def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        encodings = self._engine.encode_batch(texts)
         tokens = torch.full((len(encodings), self.context_length), self.pad, dtype=torch.int64)
         for row, encoding in enumerate(encodings):
             tokens[row, : len(encoding.ids)] = torch.tensor(encoding.ids)
         lengths = torch.tensor([len(encoding.ids) for encoding in encodings], dtype=torch.int32)
-        return tokens, lengths, sum(bool(encoding.overflowing) for encoding in encodings)
+        return tokens, lengths, torch.tensor([bool(encoding.overflowing) for encoding in encodings])
 
     def decode_tokens(self, ids: Sequence[int] | Tensor) -> list[str]:
         pieces = [self._engine.id_to_token(int(i)) or "" for i in ids]

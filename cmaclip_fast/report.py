@@ -26,8 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.sparse import coo_array
 
-from cmaclip_fast.data.files import clipped
-from cmaclip_fast.errors import visible
+from cmaclip_fast.errors import clipped, visible
 from cmaclip_fast.files import replacing
 
 LABELLED_CLASSES = 20
@@ -152,8 +151,8 @@ def render_report(view: ReportView, path: str | os.PathLike[str]) -> None:
     """
     html = _render(
         "report.html",
-        title=view.title,
-        summary=view.summary,
+        title=clipped(view.title, _NAME),
+        summary={name: clipped(value, _TEXT) for name, value in view.summary.items()},
         target=f"{100 * view.target_precision:g} %",
         headline=_headline(view.splits),
         curves=_curves(view.history),
@@ -263,7 +262,7 @@ def _headline(splits: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, 
     names = list(dict.fromkeys(task for tasks in splits.values() for task in tasks))
     return [
         {
-            "task": name,
+            "task": clipped(name, _NAME),
             "lines": [
                 {"split": split, "modality": _modality(split), **_metrics(tasks[name])}
                 for split, tasks in splits.items()
@@ -400,7 +399,7 @@ def _curves(history: list[dict[str, float]]) -> list[_Chart]:
     accuracies = {name.partition("/")[2]: ys for name, ys in columns.items() if name.startswith("accuracy/")}
     top = max((float(np.nanmax(ys)) for ys in accuracies.values()), default=1.0) or 1.0
     for task, ys in accuracies.items():
-        charts.append(over_epochs(f"Accuracy, {task}", "highest", [("ink", task, ys)], (0.0, top)))
+        charts.append(over_epochs(f"Accuracy, {clipped(task, _NAME)}", "highest", [("ink", task, ys)], (0.0, top)))
     if "learning_rate" in columns:
         charts.append(over_epochs("Learning rate", "", [("ink", "learning rate", columns["learning_rate"])]))
     return charts
@@ -408,7 +407,7 @@ def _curves(history: list[dict[str, float]]) -> list[_Chart]:
 
 def _task(task: TaskView, target: float) -> dict[str, Any]:
     return {
-        "name": task.name,
+        "name": clipped(task.name, _NAME),
         "classes": len(task.classes),
         "metrics": _metrics(task.metrics),
         "per_class": _listed(task.per_class),
@@ -544,7 +543,7 @@ def _example(example: ExampleView, side: int) -> dict[str, Any]:
         "token": None,
         "predictions": [
             {
-                "task": task,
+                "task": clipped(task, _NAME),
                 "label": None if said.label is None else clipped(said.label, _NAME),
                 "predicted": clipped(said.predicted, _NAME),
                 "probability": said.probability,

@@ -336,7 +336,11 @@ def _measure(
         The headline numbers of every view; of the whole view the answers and all metrics.
     """
     device = next(model.parameters()).device
-    validation = classify(model, examples["validation"], config.batch_size, device).metrics(target)
+
+    def whole(split: str) -> Classified:
+        return classify(model, examples[split], config.batch_size, device, with_probabilities=True)
+
+    validation = whole("validation").metrics(target)
     thresholds = {
         task: {
             "target_precision": target,
@@ -346,10 +350,11 @@ def _measure(
         for task, m in validation.items()
     }
     write_json(work / THRESHOLDS, thresholds)
-    both = classify(model, examples["test"], config.batch_size, device)
+    both = whole("test")
     full = both.metrics(target)
+    both.probabilities.clear()  # with thousands of classes they take much memory
     metrics = {"both": {task: m.headline() for task, m in full.items()}}
-    for view in VIEWS:  # one at a time: with thousands of classes each takes much memory
+    for view in VIEWS:
         if view not in metrics:
             metrics[view] = classify(model, examples["test"], config.batch_size, device, view).headlines(target)
     record = {
@@ -415,7 +420,7 @@ def _report(
 
 
 def _task_view(model: System, task: str, metrics: TaskMetrics, answers: Classified) -> TaskView:
-    precision, recall = micro_curve(answers.probabilities[task], answers.labels[task])
+    precision, recall = micro_curve(answers.confidence[task], answers.predicted[task], answers.labels[task])
     return TaskView(
         name=task,
         classes=model.tasks[task],
@@ -432,13 +437,13 @@ def _task_view(model: System, task: str, metrics: TaskMetrics, answers: Classifi
 
 def gallery_rows(answers: Classified, number: int = GALLERY) -> tuple[list[int], list[int]]:
     """Rows to show: right in every task, and wrong in at least one, each the surest half and a spread of the rest."""
-    surest = torch.stack([p.max(1).values for p in answers.probabilities.values()]).mean(0)
+    surest = torch.stack(list(answers.confidence.values())).mean(0)
     wrong = torch.zeros(len(surest), dtype=torch.bool)
     labelled = torch.zeros(len(surest), dtype=torch.bool)
-    for task, probabilities in answers.probabilities.items():
+    for task, predicted in answers.predicted.items():
         labels = answers.labels[task]
         labelled |= labels >= 0
-        wrong |= (labels >= 0) & (probabilities.argmax(1) != labels)
+        wrong |= (labels >= 0) & (predicted != labels)
 
     def pick(mask: torch.Tensor) -> list[int]:
         rows = mask.nonzero().flatten()

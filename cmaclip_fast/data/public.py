@@ -19,7 +19,7 @@ from PIL import Image
 
 from cmaclip_fast.data.files import Rows, read_files
 from cmaclip_fast.data.named import Columns
-from cmaclip_fast.errors import InputError
+from cmaclip_fast.errors import InputError, listed
 
 _FASHION_GEN = {"train": "fashiongen_256_256_train.h5", "test": "fashiongen_256_256_validation.h5"}
 _ENCODING = "ISO-8859-9"
@@ -125,7 +125,7 @@ def read_glami_1m(folder: str) -> Rows:
         table = read_files([path]).table
         missing = {"image_id", "name", "description", "category_name", "geo", "item_id"} - set(table.column_names)
         if missing:
-            raise InputError(f"{path}: no column '{sorted(missing)[0]}'; columns: {', '.join(table.column_names)}")
+            raise InputError(f"{path}: no column '{sorted(missing)[0]}'; columns: {listed(table.column_names)}")
         columns = table.select(["image_id", "name", "description"]).to_pydict()
         texts = [
             " ".join(filter(None, pair)) or None for pair in zip(columns["name"], columns["description"], strict=True)

@@ -101,16 +101,15 @@ class System(nn.Module):
         """Whether `auxiliary_logits` can be asked for."""
         return all(self.modalities) and bool(getattr(self.config, "auxiliary_heads", False))
 
-    def auxiliary_logits(self, output: Output) -> list[dict[str, Tensor]]:
-        """What each tower says of each task alone, text first: `[B, C_task]`.
+    def auxiliary_logits(self, output: Output, modality: int) -> dict[str, Tensor]:
+        """What the tower of a modality, `TEXT` or `IMAGE`, says of each task alone: `[B, C_task]`.
 
         Raises:
             ValueError: the system was built without auxiliary heads.
         """
         if not self.has_auxiliary_heads or output.towers is None:
             raise ValueError("the system was built without auxiliary_heads")
-        towers = output.towers.unbind(1)
-        return [self.classify(heads, tower) for heads, tower in zip(self.auxiliary_heads, towers, strict=True)]
+        return self.classify(self.auxiliary_heads[modality], output.towers[:, modality])
 
     def contrastive_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The towers' own embeddings of images and texts, each `[B, E]` and of length 1, as CLIP compares them."""
