@@ -26,6 +26,7 @@ from cmaclip_fast.data.examples import Examples, make_loader
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation import classify
 from cmaclip_fast.files import write_tensors
+from cmaclip_fast.lora import add_adapters, merge_adapters
 from cmaclip_fast.losses import contrastive_loss, multitask_loss
 from cmaclip_fast.memory import Meter
 from cmaclip_fast.model import CMACLIP
@@ -68,6 +69,8 @@ class TrainingConfig(BaseModel):
         checkpointing: keep only what goes into each transformer layer and compute the layer again for its gradient:
             less memory, about a third more work.
         compile: run through `torch.compile`; the first steps take minutes.
+        lora_rank: of the low-rank adapters (LoRA) that are trained in place of the towers' own weights, at
+            `learning_rate`, and are added to those weights at the end; 0 trains the towers themselves. Needs peft.
         workers: processes that load data.
         seed: of weights, order and augmentation; a run on CPU repeats bit for bit on the same machine.
     """
@@ -96,6 +99,7 @@ class TrainingConfig(BaseModel):
     accumulate: int = Field(1, ge=1)
     checkpointing: bool = False
     compile: bool = False
+    lora_rank: int = Field(0, ge=0)
     workers: int = Field(0, ge=0)
     seed: int = Field(0, ge=0)
 
@@ -242,8 +246,10 @@ def fit(
         console: for the progress bar.
 
     Raises:
-        InputError: the checkpoint is damaged or of another model.
+        InputError: the checkpoint is damaged or of another model; with `lora_rank` peft is missing, or there is nothing
+            to adapt.
     """
+    adapted = add_adapters(model, config.lora_rank) if config.lora_rank else []
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=config.mixed_precision,
@@ -348,6 +354,7 @@ def fit(
                 save_checkpoint(checkpoint, model, average, optimizer, best, progress_state)
             signals.check()
     model.load_state_dict(best)
+    merge_adapters(adapted)
     return progress_state
 
 
@@ -406,8 +413,9 @@ def parameter_groups(model: System, config: TrainingConfig) -> list[dict[str, An
             decays = parameter.ndim > 1 and not name.endswith(
                 ("positional_embedding", "class_embedding", "type_embedding", "cls_emb")
             )
-            kind = "tower" if name in towers else "new"
-            if name.startswith(read):
+            adapter = ".lora_" in name
+            kind = "tower" if name in towers and not adapter else "new"
+            if name.startswith(read) and not adapter:
                 kind = "read"
             groups.setdefault((kind, decays), []).append(parameter)
     return [

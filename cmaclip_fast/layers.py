@@ -25,6 +25,7 @@ from cmaclip_fast.ops import derivatives, dispatch, epilogue, packed_attention
 from cmaclip_fast.plain import (
     acts_on_tokens,
     is_activation,
+    is_attention,
     is_linear,
     is_low_rank_attention,
     is_norm,
@@ -212,7 +213,7 @@ def layer_of(block: nn.Module) -> Layer | None:
 
 def has_fused_projection(attention: Any) -> bool:
     """Whether an `nn.MultiheadAttention` is softmax attention over one fused projection."""
-    return attention.in_proj_weight is not None and attention.bias_k is None and not attention.add_zero_attn
+    return attention._qkv_same_embed_dim and attention.bias_k is None and not attention.add_zero_attn
 
 
 def _of_open_clip(block: nn.Module) -> Layer | None:
@@ -264,7 +265,7 @@ def _layer(
 ) -> Layer | None:
     """The layer of these parts, or None where one of them is not what it has to be."""
     low_rank = is_low_rank_attention(attention)
-    if not low_rank and not is_plain(attention, nn.MultiheadAttention):
+    if not low_rank and not is_attention(attention):
         return None
     if not has_fused_projection(attention) or (attention.training and attention.dropout):
         return None

@@ -25,6 +25,9 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _torch_module
+from torch.nn.utils import parametrize
+
+from cmaclip_fast.lora import LowRank
 
 NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32, nn.RMSNorm)
 """Norms of each token by itself, if over one dimension."""
@@ -41,7 +44,7 @@ _METHODS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.TransformerEncoderLayer: ("forward", "_sa_block", "_ff_block"),
     nn.MultiheadAttention: ("forward",),
     **dict.fromkeys(
-        (nn.Linear, nn.Embedding, nn.Sequential, nn.Dropout, nn.Identity, LayerScale, *NORMS, *_ACTIVATIONS),
+        (LowRank, nn.Linear, nn.Embedding, nn.Sequential, nn.Dropout, nn.Identity, LayerScale, *NORMS, *_ACTIVATIONS),
         ("forward",),
     ),
 }
@@ -99,6 +102,15 @@ def is_linear(module: object) -> bool:
     ):
         return False
     return is_bare(module)  # type: ignore[arg-type]
+
+
+def is_attention(module: Any) -> bool:
+    """Whether a module is attention of PyTorch, its weights parametrized by nothing but our low-rank changes."""
+    if not parametrize.is_parametrized(module):
+        return is_plain(module, nn.MultiheadAttention)
+    changes = [change for changes in module.parametrizations.values() for change in changes]
+    known = type(module).__base__ is nn.MultiheadAttention and all(is_plain(change, LowRank) for change in changes)
+    return known and is_bare(module)
 
 
 def is_norm(module: object) -> bool:

@@ -33,15 +33,15 @@ def image_kind(name: str) -> str | None:
     return str(sorted((key, value) for key, value in vision.items() if key not in sizes)) + f" quick_gelu={quick}"
 
 
-def small(name: str) -> CustomTextCLIP | CoCa:
+def small(name: str, image_size: int = 24) -> CustomTextCLIP | CoCa:
     """A registered model of small size; a timm or ResNet image tower is replaced by a small ViT."""
     config = copy.deepcopy(open_clip.get_model_config(name))
     vision, text = config["vision_cfg"], config["text_cfg"]
     if image_kind(name) is None:
-        vision = dict(SMALL_VIT)
+        vision = SMALL_VIT | {"image_size": image_size}
     else:
         head = 16
-        vision |= {"width": 2 * head, "layers": 2, "image_size": 24, "patch_size": 8, "head_width": head}
+        vision |= {"width": 2 * head, "layers": 2, "image_size": image_size, "patch_size": 8, "head_width": head}
         vision |= {"attn_pooler_heads": 2} if "attn_pooler_heads" in vision else {}
     text |= {"width": 48, "heads": 3, "layers": 2, "vocab_size": VOCABULARY, "context_length": CONTEXT}
     torch.manual_seed(0)
