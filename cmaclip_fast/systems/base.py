@@ -18,9 +18,9 @@ from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.data.preprocess import MAX_IMAGE_SIZE, ImagePreprocessing
 from cmaclip_fast.data.tokenizer import MAX_CONTEXT, Tokenizer
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.modules import Projection, SequenceAttention, TaskHead
-from cmaclip_fast.pretrained import HuggingFaceText, OpenClipModel, TimmImage
-from cmaclip_fast.towers import image_tower, text_tower
+from cmaclip_fast.nn.blocks import Projection, SequenceAttention, TaskHead
+from cmaclip_fast.nn.towers import image_tower, text_tower
+from cmaclip_fast.systems.pretrained import HuggingFaceText, OpenClipModel, TimmImage
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
 
 
@@ -145,11 +145,18 @@ class SystemConfig(BaseModel):
     """What every system on two towers is built from; the fields that it adds are its own.
 
     Attributes:
-        name, image_size, context_length, text_tower, image_tower, clip: the towers, as in `ModelConfig`.
+        name: `tiny`, or an open_clip model name.
+        image_size: pixels a side; None keeps the named model's.
+        context_length: most tokens of a text; None keeps the named model's.
+        text_tower: a folder with a Hugging Face encoder that takes the place of the named model's text tower; once
+            built, what such a tower is built from again without that folder.
+        image_tower: a timm model's name, with weights if wanted, that takes the place of the image tower.
+        clip: once built, what the named open_clip model is built from again without its name; None for `tiny`.
         width: D, into which the tokens of both towers are projected.
         head_hidden: hidden width of each task's MLP; None is `width`.
         head_dropout: inside each task's MLP.
-        auxiliary_heads: each tower also classifies alone, in training (see `ModelConfig`).
+        auxiliary_heads: each tower also classifies alone, in training, which keeps the modality that is learnt first
+            from starving the other; not used for predictions.
     """
 
     model_config = ConfigDict(extra="forbid")

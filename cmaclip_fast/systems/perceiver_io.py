@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cmaclip_fast.layers import Rows
-from cmaclip_fast.modules import SequenceAttention
+from cmaclip_fast.nn.blocks import SequenceAttention
+from cmaclip_fast.nn.layers import Rows
 from cmaclip_fast.ops import pack_padded, packed_attention
-from cmaclip_fast.systems import register
 from cmaclip_fast.systems.base import FusionConfig, TwoTowers
+from cmaclip_fast.systems.registry import register
 from cmaclip_fast.systems.stream import token_counts
 from cmaclip_fast.types import Batch, Output
 

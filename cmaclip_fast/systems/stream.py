@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmaclip_fast.layers import Rows
-from cmaclip_fast.modules import SequenceAttention
+from cmaclip_fast.nn.blocks import SequenceAttention
+from cmaclip_fast.nn.layers import Rows
 from cmaclip_fast.ops import pack_padded
 from cmaclip_fast.types import TEXT, AttentionMaps
 

@@ -15,8 +15,9 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from cmaclip_fast import InputError, bulk
-from cmaclip_fast.artifact import load_config
+from cmaclip_fast import InputError
+from cmaclip_fast.classifier import bulk
+from cmaclip_fast.classifier.artifact import load_config
 from cmaclip_fast.data import table as tables
 
 from .conftest import Done, write_data
@@ -158,7 +159,8 @@ def test_each_picture_is_read_once(
 # parts of two rows, each kept after a while: a process to itself, since signals and Ray can end whatever runs them
 RAY = """
 import time
-from cmaclip_fast import bulk, cli
+from cmaclip_fast.classifier import bulk
+from cmaclip_fast.cli import app as cli
 bulk.PART_ROWS = 2
 write = bulk._Parts.write
 def slowly(*arguments):

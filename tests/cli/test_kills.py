@@ -20,8 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cmaclip_fast import CMACLIP, InputError, bulk, fitting, signals, working
-from cmaclip_fast.artifact import FILES, load_config, load_model
+from cmaclip_fast import CMACLIP, InputError, signals, working
+from cmaclip_fast.classifier import bulk
+from cmaclip_fast.classifier.artifact import FILES, load_config, load_model
+from cmaclip_fast.training import loop as fitting
 from cmaclip_fast.working import RUN, WorkingFolder
 
 from .conftest import COLUMNS, QUICK, Done, write_data

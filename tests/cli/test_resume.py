@@ -16,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cmaclip_fast import bulk, fitting
-from cmaclip_fast.artifact import load_model
+from cmaclip_fast.classifier import bulk
+from cmaclip_fast.classifier.artifact import load_model
 from cmaclip_fast.data import Columns, read_table
 from cmaclip_fast.data.fingerprint import fingerprint
 from cmaclip_fast.data.noise import Noise, add_noise
+from cmaclip_fast.training import loop as fitting
 
 from .conftest import COLUMNS, QUICK, Done, write_data
 

@@ -17,7 +17,7 @@ from cmaclip_fast.data import describe, list_datasets, read_table, split_table
 from cmaclip_fast.data.emoji import NOTO, TAGS, TWEMOJI, Package, build_emoji, from_folder, npm_pack
 from cmaclip_fast.data.named import absolute, data_home
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.training import TrainingRun, train
+from cmaclip_fast.training.run import TrainingRun, train
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import cmaclip_fast.systems as package
 from cmaclip_fast import Classifier, InputError
-from cmaclip_fast.systems import VARIANTS, systems
+from cmaclip_fast.systems.registry import VARIANTS, systems
 
 from ..cli.conftest import COLUMNS, Done, cmaclip, write_data
 
