@@ -122,6 +122,27 @@ def test_checkpoint_restores_everything_and_refuses_damage(model: CMACLIP, tmp_p
         load_checkpoint(path, model, None, optimizer, best)
 
 
+def test_without_pictures_the_image_tower_is_not_run(model: CMACLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same loss and gradients of all that a text goes through."""
+    batch = batch_of(12)
+    batch.present[:, 1] = False
+    runs = []
+    for has_images in (True, False):
+        torch.manual_seed(0)
+        model.train().zero_grad()
+        if not has_images:
+            monkeypatch.setattr(model.image_tower, "forward", None)
+        loss, report = Objective(model, TrainingConfig(), has_images)(batch)
+        loss.backward()
+        runs.append(
+            (loss.detach(), report, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        )
+    (loss, report, before), (same_loss, same_report, after) = runs
+    assert torch.equal(report, same_report) and torch.equal(loss, same_loss)
+    assert after and all(torch.equal(gradient, before[name]) for name, gradient in after.items())
+    assert not any(before[name].any() for name in before.keys() - after.keys())
+
+
 @pytest.mark.parametrize("how", ["checkpointing", "compile"])
 def test_checkpointing_and_compilation_keep_loss_and_gradients(model: CMACLIP, how: str) -> None:
     objective = Objective(model, TrainingConfig(text_dropout=0.2, image_dropout=0.2, auxiliary_weight=0.5))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from cmaclip_fast.evaluation.metrics import micro_curve, task_metrics
+from cmaclip_fast.metrics import headline_metrics, micro_curve, task_metrics
 
 
 def draw(seed: int, rows: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,6 +37,7 @@ def search(probabilities: np.ndarray, labels: np.ndarray, target: float) -> floa
 def test_recall_at_precision_is_the_best_over_all_thresholds(seed: int, rows: int, classes: int, target: float) -> None:
     probabilities, labels = draw(seed, rows, classes)
     found = task_metrics(probabilities, labels, target)
+    assert headline_metrics(*probabilities.max(1), labels, target) == found.headline()
     known = labels >= 0
     if known.sum() == 0:
         assert found.rows == 0

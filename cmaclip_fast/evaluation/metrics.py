@@ -16,13 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_precision_recall_curve, binary_recall_at_fixed_precision
+from torchmetrics.functional.classification import binary_precision_recall_curve
 
 _SORTED_AT_ONCE = 2**24
 """Scores that are sorted at a time, which bounds memory where there are thousands of classes."""
-
-UNREACHED = 1.0e6
-"""The threshold that torchmetrics gives where no threshold reaches the precision."""
 
 
 @dataclass
@@ -105,8 +102,11 @@ def headline_metrics(
         confidence, predicted: `[N]`, the probability of the most probable class, and its number.
         labels: `[N]` int64, -1 where unlabelled.
     """
-    classes = 1 + int(torch.cat([predicted, labels]).max()) if len(labels) else 0
-    return _metrics(confidence, predicted, labels, classes, target_precision).headline()
+    labelled = labels >= 0
+    # only the classes that occur, since there may be thousands for a few rows
+    names, numbers = torch.cat([predicted[labelled], labels[labelled]]).unique(return_inverse=True)
+    predicted, labels = numbers.tensor_split(2)
+    return _metrics(confidence[labelled], predicted, labels, len(names), target_precision).headline()
 
 
 def _metrics(confidence: Tensor, predicted: Tensor, labels: Tensor, classes: int, target: float) -> TaskMetrics:
@@ -147,13 +147,10 @@ def _fill_class_recall(
     """
     if len(labels) == 0:
         return
-    rows = torch.arange(1, len(labels) + 1)
     for part in labels.unique().split(max(1, _SORTED_AT_ONCE // max(1, len(labels)))):
         scores, order = probabilities[:, part].T.contiguous().sort(dim=1, descending=True)
         hits = (labels[order] == part[:, None]).cumsum(1)
-        # rows of the same score are answered together
-        whole = torch.cat([scores[:, 1:] != scores[:, :-1], torch.ones(len(part), 1, dtype=torch.bool)], dim=1)
-        best, at = hits.where(whole & (hits / rows >= target), 0).max(1)
+        best, at = _most_hits(scores, hits, target)
         recall_at[part] = best / hits[:, -1]
         thresholds[part] = scores.gather(1, at[:, None])[:, 0].where(best > 0, torch.inf)
 
@@ -163,15 +160,23 @@ def micro_recall_at_precision(confidence: Tensor, right: Tensor, target: float) 
 
     From the confidence `[N]` of each labelled row and whether it is right, `[N]` bool.
 
-    The binary curve of 'the prediction is right' over confidence has the precision wanted here; its recall is a
-    share of the right rows, hence the factor.
     """
-    if not right.any():
+    if len(right) == 0:
         return 0.0, None
-    recall, threshold = binary_recall_at_fixed_precision(confidence, right.long(), min_precision=target)
-    if threshold >= UNREACHED or recall == 0:
-        return 0.0, None
-    return float(recall * right.float().mean()), float(threshold)
+    scores, order = confidence.sort(descending=True)
+    best, at = (int(value) for value in _most_hits(scores[None], right[order].cumsum(0)[None], target))
+    return best / len(right), float(scores[at]) if best else None
+
+
+def _most_hits(scores: Tensor, hits: Tensor, target: float) -> tuple[Tensor, Tensor]:
+    """The most hits at a threshold whose precision is at least `target` (0: there is none), and its place: `[K]` each.
+
+    Of scores that fall, `[K, N]`, and the number of hits among the first 1, 2, ... N of them.
+    """
+    # rows of the same score are answered together
+    whole = torch.cat([scores[:, 1:] != scores[:, :-1], torch.ones(len(scores), 1, dtype=torch.bool)], dim=1)
+    best, at = hits.where(whole & (hits / torch.arange(1, hits.shape[1] + 1) >= target), 0).max(1)
+    return best, at
 
 
 def micro_curve(confidence: Tensor, predicted: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

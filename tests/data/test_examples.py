@@ -101,6 +101,13 @@ def test_absent_pictures_stay_absent_when_augmented(table: Table) -> None:
     assert batch.present.tolist() == [[True, False]] and torch.isfinite(batch.images).all()
 
 
+def test_a_table_without_pictures_is_not_augmented(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "augment_images", None)
+    examples = _examples(read_table(table.name, Columns(None, "title", ("label",))), STRONG)
+    examples.side = 8
+    assert not examples.has_images and examples.batch([0, 1]).images.shape == (2, 3, 8, 8)
+
+
 def test_loaders_agree_whatever_the_workers(table: Table) -> None:
     examples = _examples(table, STRONG)
     for epoch in (0, 1):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from cmaclip_fast import InputError
-from cmaclip_fast.data import Table, read_table
+from cmaclip_fast.data import Columns, Table, read_table
 from cmaclip_fast.data.noise import add_noise, parse_noise
 
 
@@ -38,6 +41,20 @@ def test_share_of_texts(table: Table, kind: str) -> None:
         add_noise(table, parse_noise(f"{kind}:0.5")).text(r) for r in range(40)
     ]
     assert noisy.labels("category") == table.labels("category")
+
+
+@pytest.mark.tried("table", ends="memory for the text, not for its words times the longest")
+def test_shuffling_beside_a_long_word(tmp_path: Path) -> None:
+    words = ["red", "hat"] * 50 + ["x" * 10**5]
+    (tmp_path / "t.csv").write_text("title\n" + " ".join(words) + "\n")
+    noisy = add_noise(read_table(tmp_path / "t.csv", Columns(None, "title")), parse_noise("text-shuffle:1"))
+    tracemalloc.start()
+    try:
+        shuffled = noisy.text(0)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(shuffled) + 2**20
+    finally:
+        tracemalloc.stop()
+    assert sorted(shuffled.split()) == sorted(words) and shuffled.split() != words
 
 
 def test_pictures(table: Table) -> None:

@@ -54,6 +54,18 @@ class TestEvery:
         assert tokens[:, -1].tolist() == [tokenizer.eot] * 3
         assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[0], tokens[2])
 
+    @pytest.mark.tried("table", ends="cut before it is tokenized")
+    @pytest.mark.parametrize("text", ["red " * 10**6, " \n" * 10**6 + "red " * 20, "red-" * 10**6])
+    def test_a_text_of_megabytes_is_cut_first(
+        self, text: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[str] = []
+        encode = tokenizer._encode
+        monkeypatch.setattr(tokenizer, "_encode", lambda texts: (read.extend(texts), encode(texts))[1])
+        tokens, lengths, truncated = tokenizer.encode([text, "red"])
+        assert truncated == 1 and max(map(len, read)) <= 32 * 12
+        assert torch.equal(tokens[0], encode([text.lstrip()[:200]])[0][0]) and lengths.tolist()[0] == 12
+
     def test_pieces_spell_the_text(self, tokenizer: Tokenizer) -> None:
         tokens, lengths, _ = tokenizer.encode(["red elephant"])
         pieces = tokenizer.decode_tokens(tokens[0, : lengths[0]])
