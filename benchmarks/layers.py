@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-import tomllib
 from pathlib import Path
 
+import tomllib
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch

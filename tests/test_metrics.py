@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from cmaclip_fast.metrics import headline_metrics, micro_curve, task_metrics
+from cmaclip_fast.evaluation.metrics import headline_metrics, micro_curve, task_metrics
 
 
 def draw(seed: int, rows: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
