@@ -124,6 +124,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 clean:
 	rm -rf build dist *.egg-info cmaclip_fast/*.so cmaclip_fast/_build.py .pytest_cache .mypy_cache .ruff_cache $(INSTALLED) $(PEERS)

@@ -18,15 +18,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.page import insert
-from cmaclip_fast.artifact import METRICS, load_model, versions
+from cmaclip_fast.classifier.artifact import METRICS, load_model, versions
+from cmaclip_fast.classifier.explanation import explain
 from cmaclip_fast.data import read_table
-from cmaclip_fast.explanation import explain
-from cmaclip_fast.report import render_explanation
-from cmaclip_fast.training import CHECKPOINT, TrainingRun, train
+from cmaclip_fast.pages.explanation import render_explanation
+from cmaclip_fast.progress import Console
+from cmaclip_fast.training.run import CHECKPOINT, TrainingRun, train
 from cmaclip_fast.working import partial_directory
 
 TARGETS = {"category": 0.50, "subcategory": 0.40, "color": 0.85}

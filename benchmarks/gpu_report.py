@@ -62,7 +62,7 @@ def read(folder: Path) -> dict[str, Record]:
 
 
 def markdown(records: dict[str, Record]) -> str:
-    machine = next((record["machine"] for record in records.values() if "gpu" in record["machine"]), {})
+    machine: Record = next((record["machine"] for record in records.values() if "gpu" in record["machine"]), {})
     first = next(iter(records.values()))
     about = (
         f"{machine.get('gpu', 'unknown GPU')} ({machine.get('architecture', '?')}), PyTorch {machine.get('torch')}, "

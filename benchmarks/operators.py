@@ -168,7 +168,10 @@ def main(
         page = "\n".join([about, "", heading, *map(line, results)])
         (write / f"operators-{device}.md").write_text(page + "\n", encoding="utf-8")
         write /= f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{datetime.date.today()}.json"
-        report = {"date": str(datetime.date.today()), "torch_isa": torch.backends.cpu.get_cpu_capability()}
+        report: dict[str, Any] = {
+            "date": str(datetime.date.today()),
+            "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        }
         report["load"] = loads
         report |= {
             name: env.as_dict()[name] for name in ("platform", "python", "packages", "processor", "gpus", "extension")
@@ -289,13 +292,15 @@ def attention_pairs(shape: Shape, target: Target) -> Iterator[Pair]:
         mask = (torch.arange(shape.length) < torch.tensor(k_lengths)[:, None])[:, None, None]  # [B, 1, 1, L]
         mask = mask.to(target.device)
     ends_q, ends_k = (torch.tensor([0, *n]).cumsum(0).to(target.device, torch.int32) for n in (q_lengths, k_lengths))
-    longest = max(q_lengths), max(k_lengths)
 
     def ours() -> Tensor:
-        return packed_attention(*leaves, ends_q, ends_k, *longest, causal=shape.causal, backend=target.backend)[0]
+        q, k, v = leaves
+        options: dict[str, Any] = {"causal": shape.causal, "backend": target.backend}
+        return packed_attention(q, k, v, ends_q, ends_k, max(q_lengths), max(k_lengths), **options)[0]
 
     def theirs() -> Tensor:
-        return F.scaled_dot_product_attention(*padded_leaves, attn_mask=mask, is_causal=shape.causal)
+        q, k, v = padded_leaves
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=shape.causal)
 
     def without_gradient(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return torch.no_grad()(run)

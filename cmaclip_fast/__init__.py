@@ -1,36 +1,32 @@
 """CMA-CLIP (arXiv 2112.03562): fast classification of image-text pairs."""
 
+import importlib
+
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.types import AttentionMaps, Batch, Output
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CMACLIP",
-    "AttentionMaps",
-    "Batch",
-    "Classifier",
-    "InputError",
-    "Output",
-    "System",
-    "create_model",
-    "create_system",
-]
+_WHERE = {
+    "CMACLIP": "systems.cma_clip",
+    "Classifier": "classifier.classifier",
+    "System": "systems.base",
+    "accelerate": "nn.dropin",
+    "create_model": "systems.build",
+    "create_system": "systems.build",
+    "restore": "nn.dropin",
+    "train": "training.api",
+}
+
+__all__ = ["AttentionMaps", "Batch", "InputError", "Output", *_WHERE]
 
 
 def __getattr__(name: str) -> object:
     # open_clip takes seconds to import, which `cmaclip --help` and the operators do without
-    if name in ("CMACLIP", "create_model"):
-        from cmaclip_fast import model
+    if name not in _WHERE:
+        raise AttributeError(f"module 'cmaclip_fast' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"cmaclip_fast.{_WHERE[name]}"), name)
 
-        return getattr(model, name)
-    if name == "Classifier":
-        from cmaclip_fast.classifier.classifier import Classifier
 
-        return Classifier
-    if name in ("System", "create_system"):
-        from cmaclip_fast import systems
-        from cmaclip_fast.systems.base import System
-
-        return System if name == "System" else systems.create_system
-    raise AttributeError(f"module 'cmaclip_fast' has no attribute '{name}'")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

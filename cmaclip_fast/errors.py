@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 # control characters, which drive a terminal; line separators; overrides of the direction; halves of surrogate pairs
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -27,6 +28,17 @@ def visible(text: str) -> str:
 def one_line(text: str) -> str:
     """As `visible`, tabs and line breaks too."""
     return _BREAKS.sub(_escaped, visible(text))
+
+
+def clipped(text: str, most: int = 100) -> str:
+    """The value of a cell, or a name, as messages and pages show it: no more than `most` characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def listed(names: Sequence[str], most: int = 30) -> str:
+    """Names with commas, each clipped, and how many more there are than `most`."""
+    more = f", and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(clipped, names[:most])) + more
 
 
 def _escaped(found: re.Match[str]) -> str:

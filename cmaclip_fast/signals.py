@@ -93,3 +93,8 @@ def check() -> None:
     """
     if _State.waiting is not None:
         raise Interrupted(_State.waiting)
+
+
+def exit_code(stop: KeyboardInterrupt | Interrupted) -> int:
+    """128 plus the number of the signal."""
+    return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)

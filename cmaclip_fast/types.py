@@ -17,7 +17,8 @@ class Batch:
     """A batch of image-text pairs.
 
     Attributes:
-        images: `[B, 3, H, W]` float, normalised; the pixels of an absent image are ignored.
+        images: `[B, 3, H, W]` float, normalised; the pixels of an absent image are ignored. For a `CMACLIP` it may be
+            `[B, 3, 0, 0]` where no row has an image.
         tokens: `[B, L]` int64, padded on the right; start and end tokens included.
         text_lengths: `[B]` int32, tokens up to and with the end token; the length of an absent text is ignored.
         present: `[B, 2]` bool, whether the text and the image (in this order) exist.

@@ -10,18 +10,12 @@ import torch
 
 from cmaclip_fast import Batch, InputError, create_model
 from cmaclip_fast.data import TrainedTokenizer
-from cmaclip_fast.fitting import (
-    Objective,
-    Progression,
-    TrainingConfig,
-    _schedule,
-    _side,
-    load_checkpoint,
-    parameter_groups,
-    save_checkpoint,
-)
-from cmaclip_fast.memory import Meter
-from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.systems.cma_clip import CMACLIP
+from cmaclip_fast.training.checkpoint import Progression, load_checkpoint, save_checkpoint
+from cmaclip_fast.training.config import TrainingConfig
+from cmaclip_fast.training.loop import _schedule, _side, parameter_groups
+from cmaclip_fast.training.memory import Meter
+from cmaclip_fast.training.objective import Objective
 from cmaclip_fast.types import Output
 
 ROWS = 400

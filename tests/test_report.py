@@ -17,16 +17,10 @@ import pytest
 from PIL import Image
 
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.report import (
-    ExampleView,
-    Prediction,
-    ReportView,
-    TaskView,
-    is_special,
-    relevant_token,
-    render_explanation,
-    render_report,
-)
+from cmaclip_fast.pages.explanation import relevant_token, render_explanation
+from cmaclip_fast.pages.page import is_special
+from cmaclip_fast.pages.report import render_report
+from cmaclip_fast.pages.views import ExampleView, Prediction, ReportView, TaskView
 
 HOSTILE = "\"><script>alert('&')</script><img src=x onerror=alert(1)>{{ 7*7 }}"
 VOID = {"meta", "link", "img", "br", "input", "wbr", "hr"}

@@ -17,7 +17,7 @@ from cmaclip_fast.bench.peers import BETWEEN, SYSTEMS, Setting, System
 from cmaclip_fast.bench.results import BASELINE, BenchmarkError, Row, Table
 from cmaclip_fast.bench.timing import MatmulRate, Run, Spread, alternate
 from cmaclip_fast.bench.workloads import Texts, Workload, make_batches
-from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.types import Batch
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -16,7 +16,7 @@ from cmaclip_fast.bench.comparison import Machine, make_optimizer, mode, to_devi
 from cmaclip_fast.bench.peers import SYSTEMS, Setting
 from cmaclip_fast.bench.results import BenchmarkError, Memory
 from cmaclip_fast.bench.workloads import Texts, Workload, make_batches, make_model
-from cmaclip_fast.memory import Meter
+from cmaclip_fast.training.memory import Meter
 
 MODULE = "cmaclip_fast.bench.memory"
 

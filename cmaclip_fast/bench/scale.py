@@ -19,7 +19,7 @@ from cmaclip_fast.bench.timing import alternate
 from cmaclip_fast.bench.workloads import SMALL, Texts, make_batch, make_model, text_lengths
 from cmaclip_fast.data.examples import Examples, make_loader
 from cmaclip_fast.data.table import read_table
-from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.types import Batch
 
 COMPARED = ("ours", "longest")

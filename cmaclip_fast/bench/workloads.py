@@ -12,7 +12,8 @@ import open_clip
 import torch
 
 from cmaclip_fast.data.table import read_table
-from cmaclip_fast.model import CMACLIP, create_model
+from cmaclip_fast.systems.build import create_model
+from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.types import Batch
 
 FUSION_WIDTH, FUSION_DEPTH = 512, 4

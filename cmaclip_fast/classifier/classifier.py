@@ -20,15 +20,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cmaclip_fast.artifact import THRESHOLDS, DataColumns, load_config, load_model
+from cmaclip_fast.classifier.artifact import THRESHOLDS, DataColumns, load_config, load_model
 from cmaclip_fast.classifier.engine import Engine, choose_device, choose_dtype
+from cmaclip_fast.classifier.explanation import row_view
 from cmaclip_fast.classifier.pairs import Pairs, as_pairs, read_picture, read_text
 from cmaclip_fast.classifier.prediction import flatten, output_schema, read_output
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.explanation import row_view
-from cmaclip_fast.report import ExampleView
+from cmaclip_fast.pages.views import ExampleView
 from cmaclip_fast.systems.base import System
-from cmaclip_fast.taxonomy import task_probabilities
+from cmaclip_fast.systems.taxonomy import task_probabilities
 from cmaclip_fast.types import Batch, Output
 
 T = TypeVar("T")

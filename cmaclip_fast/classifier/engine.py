@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.layouts import lay_out
-from cmaclip_fast.model import CMACLIP
-from cmaclip_fast.modes import evaluation_copy
+from cmaclip_fast.nn.laid_out import lay_out
+from cmaclip_fast.nn.modes import evaluation_copy
 from cmaclip_fast.systems.base import System
+from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.types import Batch, Output
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

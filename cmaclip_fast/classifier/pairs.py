@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cmaclip_fast.data.files import near
 from cmaclip_fast.data.images import MAX_IMAGE_PIXELS, ImageProblem, read_image, to_rgb
-from cmaclip_fast.errors import InputError
+from cmaclip_fast.errors import InputError, listed
 
 Form = Literal["one", "list", "stream", "frame"]
 
@@ -219,13 +219,13 @@ def _table(table: Any, image: str | None, text: str | None) -> Pairs | None:
 
 
 def _columns(names: list[Any], image: str | None, text: str | None) -> tuple[str | None, str | None]:
-    listed = ", ".join(map(str, names))
+    there = listed(list(map(str, names)))
     if image is None and text is None:
-        raise InputError(f"name the columns by image= and text=; columns: {listed}")
+        raise InputError(f"name the columns by image= and text=; columns: {there}")
     for role, name in (("image", image), ("text", text)):
         if name is not None and name not in names:
             close = near(name, [str(known) for known in names])
-            raise InputError(f"no column '{name}' for {role}{close}; columns: {listed}; name another by {role}=")
+            raise InputError(f"no column '{name}' for {role}{close}; columns: {there}; name another by {role}=")
         if name is not None and names.count(name) > 1:
             raise InputError(f"column '{name}' is there twice: rename one")
     return image, text

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.taxonomy import task_probabilities
+from cmaclip_fast.systems.taxonomy import task_probabilities
 from cmaclip_fast.types import IMAGE, TEXT, Output
 
 TOP = 5

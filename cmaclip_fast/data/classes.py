@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cmaclip_fast.data.files import near
 from cmaclip_fast.data.table import Table
-from cmaclip_fast.errors import InputError
+from cmaclip_fast.errors import InputError, clipped
 
 UNLABELLED = -1
 
@@ -24,7 +24,7 @@ def class_names(table: Table, tasks: Sequence[str]) -> dict[str, list[str]]:
     names = {task: sorted({label for label in table.labels(task) if label is not None}) for task in tasks}
     for task, classes in names.items():
         if len(classes) < 2:
-            found = f"only the class '{classes[0]}'" if classes else "no labelled row"
+            found = f"only the class '{clipped(classes[0])}'" if classes else "no labelled row"
             raise InputError(f"{table.name}, column '{task}': has {found}; a task needs two classes or more")
     return names
 
@@ -50,8 +50,8 @@ def encode(
         if label is not None and label not in numbers:
             if unknown == "error":
                 raise InputError(
-                    f"{table.where(row)}, column '{task}': class '{label}' is not one of the {len(names)} that the "
-                    f"model knows{near(label, names)}; mend the label, or ignore unknown classes"
+                    f"{table.where(row)}, column '{task}': class '{clipped(label)}' is not one of the {len(names)} "
+                    f"that the model knows{near(label, names)}; mend the label, or ignore unknown classes"
                 )
             ignored += 1
         encoded.append(numbers.get(label, UNLABELLED) if label is not None else UNLABELLED)

@@ -38,6 +38,7 @@ class Examples(Dataset[Batch]):
     Attributes:
         truncated: how many texts were longer than the context.
         ignored: for each task, how many rows had an unknown class that was ignored.
+        has_images: whether any row has a picture.
         side: pixels a side of augmented pictures; None is that of the preprocessing.
 
     Raises:
@@ -66,6 +67,7 @@ class Examples(Dataset[Batch]):
         texts = table.texts()
         tokens, lengths, self.truncated = tokenizer.encode(texts)
         self._tokens, self._lengths = tokens.int().numpy(), lengths.numpy()
+        self.has_images = any(table.has_image(row) for row in range(len(table)))
         self._has_text = np.array([text is not None for text in texts], dtype=bool)
         encoded = {task: encode(table, task, names, unknown) for task, names in classes.items()}
         self._labels = {task: labels for task, (labels, _) in encoded.items()}
@@ -90,14 +92,18 @@ class Examples(Dataset[Batch]):
             images = self.preprocessing.normalise(pixels)
         else:
             draws = self._draws(index)
-            unit = augment_images(
-                pixels,
-                torch.from_numpy(draws[:, :IMAGE_DRAWS]),
-                self.augmentation,
-                self.preprocessing.background_rgb,
-                self.side,
+            pixels = (
+                pixels[:, :, : self.side, : self.side]
+                if not self.has_images
+                else augment_images(
+                    pixels,
+                    torch.from_numpy(draws[:, :IMAGE_DRAWS]),
+                    self.augmentation,
+                    self.preprocessing.background_rgb,
+                    self.side,
+                )
             )
-            images = self.preprocessing.normalise(unit)
+            images = self.preprocessing.normalise(pixels)
             if self.augmentation.word_dropout:
                 tokens, lengths = drop_tokens(
                     tokens, lengths, draws[:, IMAGE_DRAWS:], self.augmentation.word_dropout, self.tokenizer.pad

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from cmaclip_fast.data.images import image_suffixes
 from cmaclip_fast.data.named import NAMED, PUBLIC, Columns
 from cmaclip_fast.data.values import as_text, is_text
-from cmaclip_fast.errors import InputError
+from cmaclip_fast.errors import InputError, clipped
 
 IN_MEMORY = 2 * 1024**3
 """Parquet files of more bytes than this in all are kept in a temporary file, not in memory."""
@@ -178,7 +178,9 @@ def _add_metadata(rows: dict[Path, dict[str, Any]], metadata: Path) -> None:
         name = row.pop("file_name")
         picture = metadata.parent / str(name)
         if picture not in rows:
-            raise InputError(f"{metadata}, row {number}, column 'file_name': picture '{name}' does not exist; mend it")
+            raise InputError(
+                f"{metadata}, row {number}, column 'file_name': picture '{clipped(str(name))}' does not exist; mend it"
+            )
         rows[picture].update({column: value for column, value in row.items() if column != "image"})
 
 
@@ -438,11 +440,6 @@ def _not_unicode(file: Path, row: int, column: str) -> InputError:
     return InputError(
         f"{file}, row {row}, column '{column}': is not UTF-8 (bad bytes, or a lone surrogate); save it as UTF-8"
     )
-
-
-def clipped(text: str, most: int = 100) -> str:
-    """A value of a cell as messages show it: no more than `most` characters."""
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _cause(error: BaseException) -> str:

@@ -78,8 +78,9 @@ class NoisyTable(Table):
             return None
         if kind == "text-replace":
             return self._table.text(int(self._other[index]))
-        text = self._table.text(index)
-        return None if text is None else " ".join(self._generator(index).permutation(text.split()))
+        words = (self._table.text(index) or "").split()
+        # of numbers: an array of words would give each the room of the longest
+        return " ".join(words[i] for i in self._generator(index).permutation(len(words))) or None
 
     def image(self, index: int, background: str = "white") -> Image.Image | None:
         kind = self._noise.kind

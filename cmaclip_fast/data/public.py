@@ -19,7 +19,7 @@ from PIL import Image
 
 from cmaclip_fast.data.files import Rows, read_files
 from cmaclip_fast.data.named import Columns
-from cmaclip_fast.errors import InputError
+from cmaclip_fast.errors import InputError, listed
 
 _FASHION_GEN = {"train": "fashiongen_256_256_train.h5", "test": "fashiongen_256_256_validation.h5"}
 _ENCODING = "ISO-8859-9"
@@ -106,7 +106,7 @@ class _PicturesInHdf5:
         for file, length in zip(self._open, self._lengths, strict=True):
             if row < length:
                 stream = io.BytesIO()
-                Image.fromarray(file["input_image"][row]).save(stream, "PPM")
+                Image.fromarray(file["input_image"][row]).save(stream, "BMP")
                 return stream.getvalue()
             row -= length
         raise IndexError("row is past the last picture")
@@ -125,7 +125,7 @@ def read_glami_1m(folder: str) -> Rows:
         table = read_files([path]).table
         missing = {"image_id", "name", "description", "category_name", "geo", "item_id"} - set(table.column_names)
         if missing:
-            raise InputError(f"{path}: no column '{sorted(missing)[0]}'; columns: {', '.join(table.column_names)}")
+            raise InputError(f"{path}: no column '{sorted(missing)[0]}'; columns: {listed(table.column_names)}")
         columns = table.select(["image_id", "name", "description"]).to_pydict()
         texts = [
             " ".join(filter(None, pair)) or None for pair in zip(columns["name"], columns["description"], strict=True)

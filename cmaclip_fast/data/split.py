@@ -8,7 +8,7 @@ import numpy as np
 
 from cmaclip_fast.data.files import SPLITS, near
 from cmaclip_fast.data.table import Table
-from cmaclip_fast.errors import InputError
+from cmaclip_fast.errors import InputError, clipped
 
 NAMES = ("train", "validation", "test")
 CARVED = 0.1
@@ -48,8 +48,9 @@ def _by_column(table: Table, column: str) -> list[list[int]]:
     for row, value in enumerate(table.splits(column)):
         split = SPLITS.get((value or "").lower())
         if split is None:
+            given = value or ""
             raise InputError(
-                f"{table.where(row)}, column '{column}': '{value or ''}' is no split{near(value or '', SPLITS)}; "
+                f"{table.where(row)}, column '{column}': '{clipped(given)}' is no split{near(given, SPLITS)}; "
                 "write train, validation or test"
             )
         parts[split].append(row)

@@ -16,11 +16,11 @@ from PIL.Image import Image as Picture
 
 from cmaclip_fast.data import public
 from cmaclip_fast.data.emoji import read_emoji
-from cmaclip_fast.data.files import SPLITS, Rows, clipped, list_files, near, read_files, read_folder
+from cmaclip_fast.data.files import SPLITS, Rows, list_files, near, read_files, read_folder
 from cmaclip_fast.data.images import MAX_IMAGE_PIXELS, ImageProblem, read_image, verify_image
 from cmaclip_fast.data.named import NAMED, Columns, named
 from cmaclip_fast.data.values import class_feature, column_texts, is_bytes, is_text, python_value, storage
-from cmaclip_fast.errors import InputError
+from cmaclip_fast.errors import InputError, clipped, listed
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class Table:
 
     def _missing(self, column: str, role: str) -> str:
         names = self.column_names
-        return f"{self.name}: no column '{column}' for {role}{near(column, names)}; columns: {', '.join(names)}"
+        return f"{self.name}: no column '{clipped(column)}' for {role}{near(column, names)}; columns: {listed(names)}"
 
 
 def read_table(
@@ -348,7 +348,7 @@ def _add_levels(name: str, table: pa.Table, columns: Columns) -> tuple[pa.Table,
             names = table.column_names
             raise InputError(
                 f"{name}: no column '{taxonomy.column}' for a taxonomy{near(taxonomy.column, names)}; "
-                f"columns: {', '.join(names)}"
+                f"columns: {listed(names)}"
             )
         _check_kind(name, table.schema, taxonomy.column)
         paths = [_label(value) for value in column_texts(table.column(taxonomy.column))]
@@ -367,7 +367,7 @@ def _add_levels(name: str, table: pa.Table, columns: Columns) -> tuple[pa.Table,
 def _check_columns(table: Table, schema: pa.Schema, any_columns: bool) -> None:
     columns, names = table.columns, table.column_names
     if columns.image is None and columns.text is None and not any_columns:
-        raise InputError(f"{table.name}: name the column of pictures, of text, or both; columns: {', '.join(names)}")
+        raise InputError(f"{table.name}: name the column of pictures, of text, or both; columns: {listed(names)}")
     roles = [(columns.image, "image"), (columns.text, "text"), (columns.split, "split")]
     roles += [(task, "task") for task in columns.tasks] + [(key, "key") for key in columns.keys]
     for column, role in roles:
@@ -409,7 +409,7 @@ def _keep_split(table: Table, split: str) -> Table:
         there = sorted({value for value in values if value is not None})
         raise InputError(
             f"{table.name}, column '{table.columns.split}': no row of split '{split}'{near(split, there)}; "
-            f"splits: {', '.join(there)}"
+            f"splits: {listed(there)}"
         )
     return table.select(rows)
 

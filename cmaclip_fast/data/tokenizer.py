@@ -25,6 +25,12 @@ SpecialToken = Literal["bos_token", "eos_token", "sep_token", "cls_token", "pad_
 MAX_CONTEXT = 4096
 """The longest context, in tokens, that a tower may have."""
 
+CHARACTERS_PER_TOKEN = 32
+"""A text is cut after so many characters for each token of the context, far more than a token stands for on average.
+
+Tokenizers read the whole of a text before they cut it, and take the square of the length of a word.
+"""
+
 
 class TrainedState(BaseModel):
     """A `TrainedTokenizer` in an artefact."""
@@ -75,12 +81,22 @@ class Tokenizer(ABC):
     eot: int
     pad: int
 
-    @abstractmethod
     def encode(self, texts: Sequence[str | None]) -> tuple[Tensor, Tensor, int]:
         """Tokens `[B, context_length]` int64, padded on the right; lengths `[B]` int32; how many texts were too long.
 
         A text that is too long loses its tail and keeps its end token. An absent text is a start and an end token.
         """
+        given = [text or "" for text in texts]
+        if not given:
+            return torch.zeros(0, self.context_length, dtype=torch.int64), torch.zeros(0, dtype=torch.int32), 0
+        read = [readable_part(text, self.context_length) for text in given]
+        tokens, lengths, too_long = self._encode(read)
+        cut = torch.tensor([len(part) < len(text) for part, text in zip(read, given, strict=True)])
+        return tokens, lengths, int((too_long | cut).sum())
+
+    @abstractmethod
+    def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """As `encode`, of at least one text; the last is `[B]` bool, which texts were too long."""
 
     @abstractmethod
     def decode_tokens(self, ids: Sequence[int] | Tensor) -> list[str]:
@@ -95,6 +111,12 @@ class Tokenizer(ABC):
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """All that `tokenizer_from_dict` needs, as JSON values."""
+
+
+def readable_part(text: str, context_length: int) -> str:
+    """The beginning of a text that is tokenized (see `CHARACTERS_PER_TOKEN`); the whole of one that is not too long."""
+    most = CHARACTERS_PER_TOKEN * context_length
+    return text if len(text) <= most else text.lstrip()[:most]
 
 
 def tokenizer_from_dict(state: dict[str, Any]) -> Tokenizer:
@@ -188,16 +210,13 @@ class OpenClipTokenizer(Tokenizer):
             self.pad = _first(inner.pad_token_id)
             self.vocab_size = len(inner)
 
-    def encode(self, texts: Sequence[str | None]) -> tuple[Tensor, Tensor, int]:
-        given = [text or "" for text in texts]
-        if not given:
-            return torch.zeros(0, self.context_length, dtype=torch.int64), torch.zeros(0, dtype=torch.int32), 0
-        tokens = self._tokenizer(given, self.context_length + 1)
-        long = (self._lengths(tokens) > self.context_length).nonzero().flatten().tolist()
+    def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = self._tokenizer(texts, self.context_length + 1)
+        too_long = self._lengths(tokens) > self.context_length
         tokens = tokens[:, : self.context_length].clone()
-        if long:
-            tokens[long] = self._tokenizer([given[i] for i in long], self.context_length)
-        return tokens, self._lengths(tokens), len(long)
+        if long := too_long.nonzero().flatten().tolist():
+            tokens[long] = self._tokenizer([texts[i] for i in long], self.context_length)
+        return tokens, self._lengths(tokens), too_long
 
     def decode_tokens(self, ids: Sequence[int] | Tensor) -> list[str]:
         numbers = [int(i) for i in ids]
@@ -306,7 +325,7 @@ class TrainedTokenizer(Tokenizer):
         """
         if kind not in get_args(Kind):
             raise ValueError(f"kind '{kind}' is unknown; use one of {', '.join(get_args(Kind))}")
-        present = [text for text in texts if text]
+        present = [readable_part(text, context_length) for text in texts if text]
         if not present:
             raise InputError("a tokenizer cannot be trained without texts; name the column of text, or use open_clip's")
         options: dict[str, Any] = {
@@ -326,15 +345,15 @@ class TrainedTokenizer(Tokenizer):
         engine.train_from_iterator(present, trainer)
         return cls(engine, context_length)
 
-    def encode(self, texts: Sequence[str | None]) -> tuple[Tensor, Tensor, int]:
+    def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         room = self.context_length - 2
-        inner = [encoding.ids for encoding in self._engine.encode_batch([text or "" for text in texts])]
+        inner = [encoding.ids for encoding in self._engine.encode_batch(texts)]
         tokens = torch.full((len(inner), self.context_length), self.pad, dtype=torch.int64)
         for row, ids in enumerate(inner):
             whole = [self.bos, *ids[:room], self.eot]
             tokens[row, : len(whole)] = torch.tensor(whole)
         lengths = torch.tensor([min(len(ids), room) + 2 for ids in inner], dtype=torch.int32)
-        return tokens, lengths, sum(len(ids) > room for ids in inner)
+        return tokens, lengths, torch.tensor([len(ids) > room for ids in inner])
 
     def decode_tokens(self, ids: Sequence[int] | Tensor) -> list[str]:
         return [(self._engine.id_to_token(int(i)) or "").replace("▁", "") for i in ids]

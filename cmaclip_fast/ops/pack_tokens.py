@@ -63,23 +63,36 @@ def pack_tokens(
     return call(text, image, starts.to(torch.int32), counts.to(torch.int32), type_embedding, capacity, backend)
 
 
-def unpad(
-    padded: Tensor, counts: Tensor, *, capacity: int | None = None, backend: str | None = None
+def pack_padded(
+    text: Tensor,
+    image: Tensor,
+    counts: Tensor,
+    type_embedding: Tensor | None = None,
+    *,
+    capacity: int | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Pack the first `counts [B]` tokens of each row of `padded [B, L, D]`; see `pack_tokens`.
+    """`pack_tokens` of the first `counts [B, 2]` tokens of each row of `text [B, L, D]` and `image [B, P, D]`.
 
     Returns:
         packed `[T, D]` and cu_seqlens `[B + 1]` int32.
     """
-    rows, length, width = padded.shape
-    counts = counts.to(torch.int32)
-    first = torch.arange(rows, dtype=torch.int32, device=padded.device) * length
-    return pack_tokens(
-        *(padded.reshape(rows * length, width), padded.new_empty(0, width)),
-        *(torch.stack([first, torch.zeros_like(first)], dim=1), torch.stack([counts, torch.zeros_like(counts)], dim=1)),
-        capacity=capacity,
-        backend=backend,
-    )
+    row = torch.arange(len(counts), dtype=torch.int32, device=counts.device)
+    starts = torch.stack([row * text.shape[1], row * image.shape[1]], dim=1)
+    text, image = text.flatten(0, 1), image.flatten(0, 1)
+    return pack_tokens(text, image, starts, counts, type_embedding, capacity=capacity, backend=backend)
+
+
+def unpad(
+    padded: Tensor, counts: Tensor, *, capacity: int | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`pack_tokens` of the first `counts [B]` tokens of each row of `padded [B, L, D]`.
+
+    Returns:
+        packed `[T, D]` and cu_seqlens `[B + 1]` int32.
+    """
+    counts = torch.stack([counts, torch.zeros_like(counts)], dim=1)
+    return pack_padded(padded, padded[:, :0], counts, capacity=capacity, backend=backend)
 
 
 library.define(

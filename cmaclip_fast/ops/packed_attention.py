@@ -60,8 +60,19 @@ def packed_attention(
         try:
             return run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, factor, causal)
         except (RuntimeError, TypeError):
-            pass  # it checks its arguments; what is wrong with them is said below
+            # names the argument at fault, if it is one
+            _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+            _check_ends(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            raise
     q, k, v = autocast.to_low_precision(q, k, v)
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if scale is None:
+        scale = q.shape[2] ** -0.5
+    call, backend = derivatives.entry("packed_attention", _forward, backend, q, k, v)
+    return call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, backend)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
     arguments = checks.Arguments("q", q.device)
     arguments.check("q", q, "Tq, H, E", checks.FLOATS)
     for name, tensor in (("k", k), ("v", v)):
@@ -72,10 +83,13 @@ def packed_attention(
         checks.last_contiguous(name, tensor)
     if q.shape[2] == 0 or cu_seqlens_q.shape[0] == 0:
         raise ValueError("q must have a head size of at least 1, and cu_seqlens_q at least one element")
-    if scale is None:
-        scale = q.shape[2] ** -0.5
-    call, backend = derivatives.entry("packed_attention", _forward, backend, q, k, v)
-    return call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, backend)
+
+
+def _check_ends(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> None:
+    checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q, len(q), max_seqlen_q)
+    checks.cu_seqlens("cu_seqlens_k", cu_seqlens_k, len(k), max_seqlen_k)
 
 
 library.define(
@@ -105,8 +119,7 @@ def _forward(
     causal: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q, len(q), max_seqlen_q)
-    checks.cu_seqlens("cu_seqlens_k", cu_seqlens_k, len(k), max_seqlen_k)
+    _check_ends(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     checks.not_nan(q=q, k=k, v=v)
     shape = preferences.shape_class(q.shape[2], max_seqlen_q, max_seqlen_k)
     run = dispatch.implementation("packed_attention", "forward", backend, q, _cannot(q), shape)

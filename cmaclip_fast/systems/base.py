@@ -18,9 +18,9 @@ from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.data.preprocess import MAX_IMAGE_SIZE, ImagePreprocessing
 from cmaclip_fast.data.tokenizer import MAX_CONTEXT, Tokenizer
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.modules import Projection, SequenceAttention, TaskHead
-from cmaclip_fast.pretrained import HuggingFaceText, OpenClipModel, TimmImage
-from cmaclip_fast.towers import image_tower, text_tower
+from cmaclip_fast.nn.blocks import Projection, SequenceAttention, TaskHead
+from cmaclip_fast.nn.towers import image_tower, text_tower
+from cmaclip_fast.systems.pretrained import HuggingFaceText, OpenClipModel, TimmImage
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
 
 
@@ -101,16 +101,15 @@ class System(nn.Module):
         """Whether `auxiliary_logits` can be asked for."""
         return all(self.modalities) and bool(getattr(self.config, "auxiliary_heads", False))
 
-    def auxiliary_logits(self, output: Output) -> list[dict[str, Tensor]]:
-        """What each tower says of each task alone, text first: `[B, C_task]`.
+    def auxiliary_logits(self, output: Output, modality: int) -> dict[str, Tensor]:
+        """What the tower of a modality, `TEXT` or `IMAGE`, says of each task alone: `[B, C_task]`.
 
         Raises:
             ValueError: the system was built without auxiliary heads.
         """
         if not self.has_auxiliary_heads or output.towers is None:
             raise ValueError("the system was built without auxiliary_heads")
-        towers = output.towers.unbind(1)
-        return [self.classify(heads, tower) for heads, tower in zip(self.auxiliary_heads, towers, strict=True)]
+        return self.classify(self.auxiliary_heads[modality], output.towers[:, modality])
 
     def contrastive_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The towers' own embeddings of images and texts, each `[B, E]` and of length 1, as CLIP compares them."""
@@ -146,11 +145,18 @@ class SystemConfig(BaseModel):
     """What every system on two towers is built from; the fields that it adds are its own.
 
     Attributes:
-        name, image_size, context_length, text_tower, image_tower, clip: the towers, as in `ModelConfig`.
+        name: `tiny`, or an open_clip model name.
+        image_size: pixels a side; None keeps the named model's.
+        context_length: most tokens of a text; None keeps the named model's.
+        text_tower: a folder with a Hugging Face encoder that takes the place of the named model's text tower; once
+            built, what such a tower is built from again without that folder.
+        image_tower: a timm model's name, with weights if wanted, that takes the place of the image tower.
+        clip: once built, what the named open_clip model is built from again without its name; None for `tiny`.
         width: D, into which the tokens of both towers are projected.
         head_hidden: hidden width of each task's MLP; None is `width`.
         head_dropout: inside each task's MLP.
-        auxiliary_heads: each tower also classifies alone, in training (see `ModelConfig`).
+        auxiliary_heads: each tower also classifies alone, in training, which keeps the modality that is learnt first
+            from starving the other; not used for predictions.
     """
 
     model_config = ConfigDict(extra="forbid")

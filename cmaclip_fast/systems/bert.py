@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cmaclip_fast.systems import register
 from cmaclip_fast.systems.base import TwoTowers
+from cmaclip_fast.systems.registry import register
 from cmaclip_fast.types import TEXT, Batch, Output
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmaclip_fast.systems import register
 from cmaclip_fast.systems.base import TwoTowers
+from cmaclip_fast.systems.registry import register
 from cmaclip_fast.types import Batch, Output
 
 

@@ -17,9 +17,9 @@ from pydantic import Field
 from torch import Tensor
 
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.modes import evaluation_copy
-from cmaclip_fast.systems import register
+from cmaclip_fast.nn.modes import evaluation_copy
 from cmaclip_fast.systems.base import SystemConfig, TwoTowers
+from cmaclip_fast.systems.registry import register
 from cmaclip_fast.types import Batch, Output
 
 

@@ -1,8 +1,184 @@
-"""CMA-CLIP (arXiv 2112.03562), which is `model.py`, among the systems."""
+"""CMA-CLIP: towers -> sequence attention -> modality attention -> one head per task (arXiv 2112.03562, figure 1)."""
 
 from __future__ import annotations
 
-from cmaclip_fast.model import CMACLIP
-from cmaclip_fast.systems import register
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-register("cma-clip")(CMACLIP)
+import torch
+from torch import Tensor, nn
+
+from cmaclip_fast.nn.blocks import ModalityAttention, SequenceAttention
+from cmaclip_fast.nn.distinct import distinct_images, distinct_texts
+from cmaclip_fast.nn.layers import Queries, Rows, run_linear
+from cmaclip_fast.ops import pack_tokens
+from cmaclip_fast.systems.base import FusionConfig, TwoTowers
+from cmaclip_fast.systems.registry import register
+from cmaclip_fast.types import IMAGE, TEXT, AttentionMaps, Batch, Output
+
+
+class CMACLIPConfig(FusionConfig):
+    """
+    Attributes:
+        dropout: after each layer's attention and inside and after its MLP.
+        sequence_attention: False is the ablation: the towers' global tokens, projected, are the embeddings.
+        modality_attention: False is the ablation: each head gets both embeddings, side by side.
+        vectors: keyless attention with one vector per task (the paper), or one per task and modality.
+    """
+
+    sequence_attention: bool = True
+    modality_attention: bool = True
+    vectors: Literal["task", "task-and-modality"] = "task"
+
+
+@dataclass
+class _Tokens:
+    """Tokens `values [T, D]` of a modality; row b of the batch has those from `starts[b]`, `counts[b]` of them."""
+
+    values: Tensor
+    starts: Tensor
+    counts: Tensor
+    longest: int
+
+    def global_tokens(self, first: bool) -> Tensor:
+        """`[B, D]`, the first or last token of each row; some other token where a row has none."""
+        if len(self.values) == 0:
+            return self.values.new_zeros(len(self.starts), self.values.shape[1])
+        index = self.starts if first else self.starts + self.counts - 1
+        return self.values.index_select(0, index.clamp(0, len(self.values) - 1))
+
+
+@register("cma-clip")
+class CMACLIP(TwoTowers):
+    """The whole system: a `Batch` in, an `Output` out; `create_model` builds one.
+
+    Attributes:
+        config: how it was built.
+        tasks: for each task the names of its classes, in the order of its logits.
+        preprocessing: how a picture becomes `images`.
+        tokenizer: how a text becomes `tokens` and `text_lengths`.
+    """
+
+    Config = CMACLIPConfig
+    title = "CMA-CLIP"
+    config: CMACLIPConfig
+
+    def __init__(self, config: CMACLIPConfig, tasks: Mapping[str, Sequence[str]], *parts: Any) -> None:
+        super().__init__(config, tasks, *parts)
+        width = config.width
+        if config.sequence_attention:
+            self.type_embedding = nn.Parameter(torch.empty(2, width))
+            nn.init.normal_(self.type_embedding, std=0.02)
+            self.sequence_attention = SequenceAttention(
+                width, config.depth, config.heads, config.mlp_ratio, config.dropout
+            )
+        self.norm = nn.LayerNorm(width)
+        if config.modality_attention:
+            self.modality_attention = ModalityAttention(len(tasks), width, config.vectors == "task-and-modality")
+        self.heads = self.make_heads(width if config.modality_attention else 2 * width)
+
+    @property
+    def weighs_modalities(self) -> bool:
+        return self.config.modality_attention
+
+    def forward(self, batch: Batch, with_attention: bool = False, capacity: int | None = None) -> Output:
+        """Classifies a batch.
+
+        In training every text and image is encoded, unless `batch.images` is empty. In evaluation those that are
+        absent are not, and what occurs several times is encoded once.
+
+        Args:
+            batch: images `[B, 3, H, W]`, tokens `[B, L]`, text_lengths `[B]`, present `[B, 2]`.
+            with_attention: also give the last sequence-wise layer's attention maps.
+            capacity: room for text tokens, at least as many as the batch has. With it all shapes are known beforehand
+                and the host never waits for the device, as a CUDA graph needs it; nothing is encoded only once.
+
+        Returns:
+            Logits `[B, C_task]` and modality weights `[B, 2]` of each task, and the embedding `[B, 2, D]`.
+        """
+        once = not self.training and capacity is None and not torch.compiler.is_compiling()
+        text = self._text_tokens(batch, once, capacity)
+        image = self._image_tokens(batch, once)
+        towers = torch.stack([text.global_tokens(self.text_tower.global_first), image.global_tokens(True)], dim=1)
+        attention = None
+        if self.config.sequence_attention:
+            embedding, attention = self._fuse(text, image, batch.present, capacity, with_attention)
+        else:
+            embedding = towers
+        # what stands for an absent side may be anything, NaN too, which a product with 0 would keep
+        there = batch.present[..., None]
+        embedding = self.norm(torch.where(there, embedding, 0)) * there
+        if not self.config.modality_attention:
+            both = embedding.flatten(1)
+            return Output(self.classify(self.heads, both), None, embedding, towers, attention)
+        pooled, weights = self.modality_attention(embedding, batch.present)
+        # one unbind, not a slice for each: the gradient of every slice would be as large as all of `pooled`
+        parts = zip(self.tasks, self.heads, pooled.unbind(1), strict=True)
+        logits = {task: head(part) for task, head, part in parts}
+        modality_weights = dict(zip(self.tasks, weights.unbind(1), strict=True))
+        return Output(logits, modality_weights, embedding, towers, attention)
+
+    def _text_tokens(self, batch: Batch, once: bool, capacity: int | None) -> _Tokens:
+        tokens, lengths, texts = batch.tokens, batch.text_lengths, None
+        if once:
+            texts = distinct_texts(tokens, lengths, batch.present[:, TEXT])
+            if texts is not None:
+                if len(texts.rows) == 0:
+                    return self._no_tokens(batch)
+                tokens, lengths = tokens[texts.rows], lengths[texts.rows]
+        packed, rows = self.text_tower.packed(tokens, lengths, capacity)
+        starts, counts = rows.starts, rows.cu_seqlens.diff()
+        if texts is not None:
+            starts, counts = starts[texts.of_row], counts[texts.of_row]
+        values = run_linear(self.text_projection, packed)
+        return _Tokens(values, starts, counts, rows.longest)
+
+    def _image_tokens(self, batch: Batch, once: bool) -> _Tokens:
+        images = distinct_images(batch.images, batch.present[:, IMAGE]) if once else None
+        if batch.images.numel() == 0 or (images is not None and len(images.rows) == 0):
+            return self._no_tokens(batch)
+        tokens = self.image_tower(batch.images if images is None else batch.images[images.rows])
+        length = tokens.shape[1]
+        of_row = torch.arange(len(batch), device=tokens.device) if images is None else images.of_row
+        values = run_linear(self.image_projection, tokens.flatten(0, 1))
+        return _Tokens(values, of_row * length, torch.full_like(of_row, length), length)
+
+    def _no_tokens(self, batch: Batch) -> _Tokens:
+        none = torch.zeros_like(batch.text_lengths)
+        return _Tokens(self.norm.weight.new_zeros(0, self.config.width), none, none, 0)
+
+    def _fuse(
+        self, text: _Tokens, image: _Tokens, present: Tensor, capacity: int | None, with_attention: bool
+    ) -> tuple[Tensor, AttentionMaps | None]:
+        """Sequence-wise attention over both: its two global tokens, `[B, 2, D]`.
+
+        Where a modality is absent its place holds another token of the row, if there is one, for the caller to hide.
+        """
+        counts = torch.stack([text.counts, image.counts], dim=1) * present
+        # with a capacity, what is behind the last row belongs to none
+        room = None if capacity is None else capacity + len(present) * image.longest
+        pack = pack_tokens if capacity is not None else _pack_tokens_uncompiled
+        starts = torch.stack([text.starts, image.starts], dim=1)
+        packed, cu_seqlens = pack(text.values, image.values, starts, counts, self.type_embedding, capacity=room)
+        text_counts, total = counts[:, TEXT], len(packed)
+        if total == 0:
+            nothing = [text.values.new_zeros(0, 0) for _ in present]
+            maps = AttentionMaps(nothing, text_counts.long()) if with_attention else None
+            return text.values.new_zeros(len(present), 2, self.config.width), maps
+        rows = Rows(cu_seqlens, text.longest + image.longest)
+
+        first = torch.zeros_like(text_counts)
+        position = first if self.text_tower.global_first else (text_counts - 1).clamp(min=0)
+        index = torch.stack([rows.starts + position, rows.starts + text_counts], dim=1)
+        last = (rows.cu_seqlens[1:] - 1).clamp(min=0)
+        index = torch.minimum(index, last[:, None])
+        queries = Queries(index.flatten().long(), Rows.equal(len(present), 2, index.device))
+        if not with_attention:
+            return self.sequence_attention(packed, rows, queries).view(len(present), 2, -1), None
+        embedding, weights = self.sequence_attention.forward_with_weights(packed, rows, queries)
+        return embedding.view(len(present), 2, -1), AttentionMaps(weights, text_counts.long())
+
+
+# how many tokens come out depends on values, so this stands between compiled graphs
+_pack_tokens_uncompiled = torch.compiler.disable(pack_tokens)

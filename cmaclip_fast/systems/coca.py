@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from cmaclip_fast.data.tokenizer import OpenClipTokenizer, Tokenizer
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.losses import contrastive_loss
-from cmaclip_fast.modes import evaluation_copy
-from cmaclip_fast.systems import register
+from cmaclip_fast.nn.losses import contrastive_loss
+from cmaclip_fast.nn.modes import evaluation_copy
 from cmaclip_fast.systems.base import FusionConfig, TwoTowers
+from cmaclip_fast.systems.registry import register
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
 
 if TYPE_CHECKING:

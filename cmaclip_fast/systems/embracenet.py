@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cmaclip_fast.systems import register
 from cmaclip_fast.systems.base import SystemConfig, TwoTowers
+from cmaclip_fast.systems.registry import register
 from cmaclip_fast.types import Batch, Output
 
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from cmaclip_fast.systems import register
+from cmaclip_fast.nn.towers import HuggingFaceTextTower
 from cmaclip_fast.systems.base import FusionConfig, TwoTowers
 from cmaclip_fast.systems.one_stream import Pretext, mismatched
+from cmaclip_fast.systems.registry import register
 from cmaclip_fast.systems.stream import Fused, OneStream, mask_token, mask_words, pool_patches
-from cmaclip_fast.towers import HuggingFaceTextTower
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
 
 JIGSAW = tuple(itertools.permutations(range(4)))

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from cmaclip_fast.systems import register
 from cmaclip_fast.systems.base import FusionConfig, TwoTowers
+from cmaclip_fast.systems.registry import register
 from cmaclip_fast.systems.stream import OneStream, pool_patches
 from cmaclip_fast.types import Batch, Output
 

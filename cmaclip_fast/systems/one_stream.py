@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.systems import register
+from cmaclip_fast.nn.towers import HuggingFaceTextTower
 from cmaclip_fast.systems.base import Encoded, FusionConfig, TwoTowers
+from cmaclip_fast.systems.registry import register
 from cmaclip_fast.systems.stream import Fused, OneStream, mask_token, mask_words
-from cmaclip_fast.towers import HuggingFaceTextTower
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
 
 

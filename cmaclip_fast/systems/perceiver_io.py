@@ -8,11 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cmaclip_fast.layers import Rows
-from cmaclip_fast.modules import SequenceAttention
-from cmaclip_fast.ops import pack_tokens, packed_attention
-from cmaclip_fast.systems import register
+from cmaclip_fast.nn.blocks import SequenceAttention
+from cmaclip_fast.nn.layers import Rows
+from cmaclip_fast.ops import pack_padded, packed_attention
 from cmaclip_fast.systems.base import FusionConfig, TwoTowers
+from cmaclip_fast.systems.registry import register
+from cmaclip_fast.systems.stream import token_counts
 from cmaclip_fast.types import Batch, Output
 
 
@@ -77,9 +78,8 @@ class PerceiverIO(TwoTowers):
 
     def forward(self, batch: Batch, with_attention: bool = False) -> Output:
         encoded = self.encode(batch)
-        packed, cu_inputs = pack_tokens(
-            encoded.text, encoded.image, encoded.text_lengths, batch.present, self.type_embedding
-        )
+        counts = token_counts(encoded.text_lengths, encoded.image.shape[1], batch.present)
+        packed, cu_inputs = pack_padded(encoded.text, encoded.image, counts, self.type_embedding)
         answers = self.read_out(packed, cu_inputs, encoded.text.shape[1] + encoded.image.shape[1])
         parts = zip(self.tasks, self.heads, answers.unbind(1), strict=True)
         logits = {task: head(answer) for task, head, answer in parts}

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmaclip_fast.layers import Rows
-from cmaclip_fast.modules import SequenceAttention
-from cmaclip_fast.ops import pack_tokens
-from cmaclip_fast.types import IMAGE, TEXT, AttentionMaps
+from cmaclip_fast.nn.blocks import SequenceAttention
+from cmaclip_fast.nn.layers import Rows
+from cmaclip_fast.ops import pack_padded
+from cmaclip_fast.types import TEXT, AttentionMaps
 
 
 @dataclass
@@ -66,17 +66,22 @@ class OneStream(nn.Module):
     ) -> Fused:
         """`text [B, L, D]`, `lengths [B]`, `image [B, P, D]`, `present [B, 2]`; what is absent has no tokens."""
         first = self.class_token.to(text.dtype).expand(len(text), 1, -1)
-        counts = torch.where(present[:, TEXT], lengths, 0)
         # the class token travels as the first token of a text that is always there
-        there = torch.stack([torch.ones_like(present[:, TEXT]), present[:, IMAGE]], dim=1)
-        packed, cu_seqlens = pack_tokens(torch.cat([first, text], 1), image, counts + 1, there, self.type_embedding)
+        counts = token_counts(lengths, image.shape[1], present)
+        after = counts + counts.new_tensor([1, 0])
+        packed, cu_seqlens = pack_padded(torch.cat([first, text], 1), image, after, self.type_embedding)
         rows = Rows(cu_seqlens, 1 + text.shape[1] + image.shape[1])
         weights = None
         if with_weights:
             tokens, weights = self.attention.forward_with_weights(packed, rows)
         else:
             tokens = self.attention(packed, rows)
-        return Fused(self.norm(tokens), cu_seqlens[:-1].long(), counts.long(), weights)
+        return Fused(self.norm(tokens), cu_seqlens[:-1].long(), counts[:, TEXT], weights)
+
+
+def token_counts(lengths: Tensor, patches: int, present: Tensor) -> Tensor:
+    """`[B, 2]` int64: how many text tokens (of `lengths [B]`) and image tokens each row has; 0 where absent."""
+    return torch.stack([lengths.long(), torch.full_like(lengths, patches, dtype=torch.int64)], dim=1) * present
 
 
 def pool_patches(patches: Tensor, grid: tuple[int, int] | None, side: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from cmaclip_fast.bench.comparison import Machine
 from cmaclip_fast.bench.peers import SYSTEMS, Setting
 from cmaclip_fast.bench.workloads import SMALL, make_batch, make_model
-from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.types import Batch
 
 MACHINE = Machine("cpu", torch.float32, torch.get_num_threads())

@@ -18,7 +18,7 @@ from cmaclip_fast.bench.peers.plain import PlainCMACLIP, PlainLongest, to_longes
 from cmaclip_fast.bench.results import BenchmarkError
 from cmaclip_fast.bench.steps import STEPS, operations
 from cmaclip_fast.bench.workloads import SMALL, Texts, make_batch, make_model
-from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.types import Batch
 
 from .conftest import MACHINE, setting, skip_unless_runs

@@ -17,7 +17,7 @@ from cmaclip_fast.bench.results import BenchmarkError, Memory, Part, Report, Row
 from cmaclip_fast.bench.timing import MatmulRate, Spread, alternate
 from cmaclip_fast.bench.workloads import SMALL, Texts, Workload, make_batch, make_batches, text_lengths
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.systems.cma_clip import CMACLIP
 
 from .conftest import MACHINE
 

@@ -12,11 +12,11 @@ from open_clip.model import CustomTextCLIP
 from PIL import Image
 
 from cmaclip_fast import Classifier, create_model
-from cmaclip_fast.artifact import DataColumns, save_model
+from cmaclip_fast.classifier.artifact import DataColumns, save_model
 from cmaclip_fast.data import TrainedTokenizer
 from cmaclip_fast.data.preprocess import ImagePreprocessing
-from cmaclip_fast.model import CMACLIP, ModelConfig
 from cmaclip_fast.systems.base import System
+from cmaclip_fast.systems.cma_clip import CMACLIP, CMACLIPConfig
 
 TASKS = {"colour": ["blue", "green", "red"], "style/cut": ["long", "short"]}
 TEXTS = ["a long red dress", "short blue coat", "green skirt", None, "a short red coat", "blue dress", "long skirt"]
@@ -44,7 +44,7 @@ def make_resnet() -> CMACLIP:
     vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "patch_size": None}
     text = {"context_length": 10, "vocab_size": 400, "width": 32, "heads": 2, "layers": 1}
     clip = CustomTextCLIP(32, vision, text)
-    config = ModelConfig(name="RN50", width=32, depth=1, heads=2, dropout=0.5)
+    config = CMACLIPConfig(name="RN50", width=32, depth=1, heads=2, dropout=0.5)
     return CMACLIP(config, TASKS, clip, ImagePreprocessing(size=64), make_tokenizer())
 
 

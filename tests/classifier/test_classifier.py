@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 
 from cmaclip_fast import Batch, Classifier, InputError, create_model
-from cmaclip_fast.artifact import DataColumns, save_model
-from cmaclip_fast.cost import forward_flops
+from cmaclip_fast.classifier.artifact import DataColumns, save_model
+from cmaclip_fast.classifier.explanation import explain
 from cmaclip_fast.data import Columns, Examples, read_table
-from cmaclip_fast.evaluation import classify
-from cmaclip_fast.explanation import explain
-from cmaclip_fast.model import CMACLIP
-from cmaclip_fast.modes import evaluation_copy
+from cmaclip_fast.evaluation.cost import forward_flops
+from cmaclip_fast.evaluation.evaluate import classify
+from cmaclip_fast.nn.modes import evaluation_copy
+from cmaclip_fast.systems.cma_clip import CMACLIP
 
 from ..cli.conftest import write_data
 from ..systems.conftest import NAMES, make, make_batch

@@ -150,7 +150,7 @@ BAD_PICTURES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "object": (lambda f: object(), "type object"),
     "date": (lambda f: datetime.date(2020, 1, 1), "type datetime.date"),
     "missing file": (lambda f: f / "none.png", "does not exist"),
-    "folder": (lambda f: str(f), "cannot be read"),
+    "folder": (lambda f: str(f), "is not a regular file"),
     "NUL in the path": (lambda f: "a\0b.png", "cannot be read"),
     "no picture": (lambda f: b"no picture", "not a picture"),
     "text file": (lambda f: io.StringIO("text"), "binary mode"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from cmaclip_fast import cli
+from cmaclip_fast.cli import app as cli
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220)}
 QUICK = ["--option", "image_size=32", "--option", "width=32", "--option", "heads=2", "--option", "depth=1"]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from cmaclip_fast import InputError, bulk
-from cmaclip_fast.artifact import load_config
+from cmaclip_fast import InputError
+from cmaclip_fast.classifier import bulk
+from cmaclip_fast.classifier.artifact import load_config
 from cmaclip_fast.data import table as tables
 
 from .conftest import Done, write_data
@@ -154,53 +156,56 @@ def test_each_picture_is_read_once(
     assert len(times) == len(set(times)) == 46  # of 50 rows 4 name none
 
 
-class Watch(threading.Thread):
-    """Looks at the processes of Ray from the side, and does something to a run once its first parts are kept.
+# parts of two rows, each kept after a while: a process to itself, since signals and Ray can end whatever runs them
+RAY = """
+import time
+from cmaclip_fast.classifier import bulk
+from cmaclip_fast.cli import app as cli
+bulk.PART_ROWS = 2
+write = bulk._Parts.write
+def slowly(*arguments):
+    write(*arguments)
+    time.sleep(0.1)
+bulk._Parts.write = slowly
+cli.main()
+"""
 
-    Attributes:
-        listening: the addresses that processes of this run listened on.
-        seen: processes of this run.
-    """
 
-    def __init__(self, partial: Path, do: Callable[[], object]) -> None:
-        super().__init__(daemon=True)
-        self._partial, self._do = partial, do
-        self._others = set(psutil.Process().children(recursive=True))
-        self.listening: set[str] = set()
-        self.seen: set[psutil.Process] = set()
-        self.done = False
-
-    def run(self) -> None:
-        while len(list(self._partial.glob("part-*"))) < 2:
-            time.sleep(0.02)
-        self.seen = set(psutil.Process().children(recursive=True)) - self._others
-        for process in (*self.seen, psutil.Process()):
-            with suppress(psutil.Error):
-                found = process.net_connections("inet")
-                self.listening |= {one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN}
-        self._do()
-        self.done = True
+@contextmanager
+def running_ray(arguments: list[object], partial: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """The command under Ray once its first parts are kept, and its processes."""
+    pytest.importorskip("ray", reason="--engine ray needs Ray (cmaclip_fast[ray])")
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", RAY, *map(str, arguments), "--engine", "ray"]
+    with subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE) as run:
+        processes: list[psutil.Process] = []
+        try:
+            while len(list(partial.glob("part-*"))) < 2:
+                assert run.poll() is None, run.stderr and run.stderr.read()
+                time.sleep(0.02)
+            processes = psutil.Process(run.pid).children(recursive=True)
+            yield run, processes
+        finally:
+            run.kill()
+            for process in processes:
+                with suppress(psutil.Error):
+                    process.kill()
 
 
 @pytest.mark.tried("cluster", ends="the worker is replaced; the same file as without; loopback alone is listened on")
-def test_ray_gives_the_same_file_when_a_worker_is_killed(
-    cmaclip: Run, arguments: list[object], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("ray", reason="--engine ray needs Ray (cmaclip_fast[ray])")
-    monkeypatch.setattr(bulk, "PART_ROWS", 2)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-
-    def kill() -> None:
-        workers = [one for one in psutil.Process().children(recursive=True) if one.name().startswith("ray::_Actor")]
-        workers[0].kill()
-
-    watch = Watch(tmp_path / "labels.parquet.partial", kill)
-    watch.start()
+def test_ray_gives_the_same_file_when_a_worker_is_killed(arguments: list[object], whole: Path, tmp_path: Path) -> None:
     # of four workers only as many are started as there are CPUs: others would wait for ever
-    done = cmaclip(*arguments, "--engine", "ray", "--workers", 4)
-    assert done.code == 0 and watch.done, done.err
-    assert len(watch.seen) > 3 and watch.listening
-    assert {ip.removeprefix("::ffff:") for ip in watch.listening} == {"127.0.0.1"}
+    with running_ray([*arguments, "--workers", 4], tmp_path / "labels.parquet.partial") as (run, processes):
+        workers = [one for one in processes if one.name().startswith("ray::_Actor")]
+        workers[0].kill()
+        listening = set()
+        for process in (psutil.Process(run.pid), *processes):
+            with suppress(psutil.Error):
+                found = process.net_connections("inet")
+                listening |= {one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN}
+        _, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
     # on another number of threads sums are added up in another order
     found, expected = (pq.read_table(path) for path in (tmp_path / "labels.parquet", whole))
     assert found.schema.equals(expected.schema)
@@ -213,14 +218,12 @@ def test_ray_gives_the_same_file_when_a_worker_is_killed(
 def test_a_signal_ends_ray_too(
     cmaclip: Run, arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("ray", reason="--engine ray needs Ray (cmaclip_fast[ray])")
     monkeypatch.setattr(bulk, "PART_ROWS", 2)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    watch = Watch(tmp_path / "labels.parquet.partial", lambda: os.kill(os.getpid(), signal.SIGTERM))
-    watch.start()
-    done = cmaclip(*arguments, "--engine", "ray", "--workers", 1)
-    assert done.code == 143 and watch.done and "Traceback" not in done.err, done.err
-    gone, alive = psutil.wait_procs(watch.seen, timeout=10)
+    with running_ray([*arguments, "--workers", 1], tmp_path / "labels.parquet.partial") as (run, processes):
+        run.send_signal(signal.SIGTERM)
+        _, errors = run.communicate(timeout=120)
+        gone, alive = psutil.wait_procs(processes, timeout=10)
+    assert run.returncode == 143 and "Traceback" not in errors, errors
     assert gone and not alive
     assert cmaclip(*arguments, "--resume").code == 0
     assert pq.read_table(tmp_path / "labels.parquet")["id"].to_pylist() == [f"item-{row}" for row in range(50)]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from cmaclip_fast import Classifier
-from cmaclip_fast.artifact import load_config, load_model
+from cmaclip_fast.classifier.artifact import load_config, load_model
 
 from .conftest import COLUMNS, QUICK, Done
 
@@ -111,7 +111,7 @@ def test_same_seed_same_weights_other_seed_other_weights(
 def test_a_killed_run_goes_on_to_the_same_result(
     cmaclip: Run, artifact: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cmaclip_fast import fitting
+    from cmaclip_fast.training import loop as fitting
 
     output = tmp_path / "killed"
     command = ["train", "--data", shapes, *COLUMNS, "--output", output, *QUICK]

@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cmaclip_fast import CMACLIP, InputError, bulk, fitting, signals, working
-from cmaclip_fast.artifact import FILES, load_config
+from cmaclip_fast import CMACLIP, InputError, signals, working
+from cmaclip_fast.classifier import bulk
+from cmaclip_fast.classifier.artifact import FILES, load_config, load_model
+from cmaclip_fast.training import loop as fitting
 from cmaclip_fast.working import RUN, WorkingFolder
 
 from .conftest import COLUMNS, QUICK, Done, write_data
@@ -29,6 +31,16 @@ from .conftest import COLUMNS, QUICK, Done, write_data
 Run = Callable[..., Done]
 WORDS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 OPERATIONS = ("replace", "rename", "unlink", "rmdir", "mkdir", "open", "chmod")
+
+
+@pytest.fixture(autouse=True)
+def as_from_a_terminal() -> Iterator[None]:
+    """The signals are not ignored, as they would be under `nohup` or in a background job."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in signals.SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def killed_at(number: int, work: Callable[[], None]) -> bool:
@@ -241,7 +253,7 @@ def test_a_signal_ends_training_after_its_step(
     assert signal.getsignal(getattr(signal, name)) is before
     again = cmaclip(*training, "--resume")
     assert again.code == 0 and "resumed after epoch 1" in again.err, again.err
-    expected, found = CMACLIP.load(artifact).state_dict(), CMACLIP.load(tmp_path / "run").state_dict()
+    expected, found = load_model(artifact).state_dict(), load_model(tmp_path / "run").state_dict()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 

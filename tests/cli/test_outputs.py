@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 from cmaclip_fast import InputError
-from cmaclip_fast.artifact import FILES, check_replaceable, load_config
+from cmaclip_fast.classifier.artifact import FILES, check_replaceable, load_config
 from cmaclip_fast.files import check_output_file, replacing, write_json, write_tensors, write_text
 
 from .conftest import COLUMNS, QUICK, Done, write_data

@@ -11,12 +11,12 @@ import open_clip
 import pytest
 import typer
 
-from cmaclip_fast import cli
+from cmaclip_fast.cli import app as cli
 from cmaclip_fast.data.named import PUBLIC
-from cmaclip_fast.fitting import TrainingConfig
-from cmaclip_fast.model import CMACLIP
-from cmaclip_fast.recipes import read_recipe
-from cmaclip_fast.systems import system_config
+from cmaclip_fast.systems.build import system_config
+from cmaclip_fast.systems.cma_clip import CMACLIP
+from cmaclip_fast.training.config import TrainingConfig
+from cmaclip_fast.training.recipes import read_recipe
 
 from .conftest import COLUMNS, Done
 

@@ -16,10 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cmaclip_fast import CMACLIP, bulk, fitting
+from cmaclip_fast.classifier import bulk
+from cmaclip_fast.classifier.artifact import load_model
 from cmaclip_fast.data import Columns, read_table
 from cmaclip_fast.data.fingerprint import fingerprint
 from cmaclip_fast.data.noise import Noise, add_noise
+from cmaclip_fast.training import loop as fitting
 
 from .conftest import COLUMNS, QUICK, Done, write_data
 
@@ -354,6 +356,6 @@ def test_an_interrupted_overwrite_is_resumed(cmaclip: Run, training: list[object
     done = cmaclip(*training, "--resume", "--overwrite")
     assert done.code == 0 and "resumed after epoch 1" in done.err
     assert len(json.loads((folder / "run" / "metrics.json").read_text())["history"]) == 2
-    old, new = CMACLIP.load(artifact).state_dict(), CMACLIP.load(folder / "run").state_dict()
+    old, new = load_model(artifact).state_dict(), load_model(folder / "run").state_dict()
     assert any(not torch.equal(old[name], new[name]) for name in old if old[name].shape == new[name].shape)
     assert sorted(entry.name for entry in folder.iterdir()) == ["data", "run"]

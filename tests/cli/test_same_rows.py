@@ -121,7 +121,7 @@ def test_a_folder_of_somebody_elses_is_not_removed(cmaclip: Run, shapes: Path, t
     (tmp_path / "run.partial").mkdir()
     (tmp_path / "run.partial" / "precious.txt").write_text("mine")
     done = cmaclip("train", "--data", shapes, *COLUMNS, "--output", tmp_path / "run", *QUICK, "--overwrite")
-    assert done.code == 2 and "no unfinished run of ours" in done.err
+    assert done.code == 2 and "holds 'precious.txt', which is not of an unfinished run" in done.err
     assert (tmp_path / "run.partial" / "precious.txt").read_text() == "mine"
 
 

@@ -17,7 +17,7 @@ from cmaclip_fast.data import describe, list_datasets, read_table, split_table
 from cmaclip_fast.data.emoji import NOTO, TAGS, TWEMOJI, Package, build_emoji, from_folder, npm_pack
 from cmaclip_fast.data.named import absolute, data_home
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.training import TrainingRun, train
+from cmaclip_fast.training.run import TrainingRun, train
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_pictures_are_the_packages_own(built: Path) -> None:
 def test_a_picture_that_is_not_the_vendors_own_is_left_out(tmp_path: Path) -> None:
     packages = write_packages(tmp_path, missing="1F404")
     path = build_emoji(tmp_path / "out", fetch=from_folder(tmp_path), packages=packages)
-    ids = read_table(path, any_columns=True)._source.column("id")
+    ids = read_table(path, any_columns=True)._source.texts("id")
     assert "noto/1F404" not in ids and "twemoji/1F404" in ids
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 
 from cmaclip_fast.data import Columns, Taxonomy, class_names, read_table
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.taxonomy import parent_numbers, task_probabilities
+from cmaclip_fast.systems.taxonomy import parent_numbers, task_probabilities
 
 KIND = Taxonomy("kind")
 PATHS = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cmaclip_fast.model import CMACLIP
-from cmaclip_fast.towers import ClipTextTower, ViTImageTower
+from cmaclip_fast.nn.towers import ClipTextTower, ViTImageTower
+from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.types import Batch
 
 

@@ -11,9 +11,9 @@ from families import CONTEXT, END, classic, image_kind, make_tokens, small, text
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cmaclip_fast import layers
-from cmaclip_fast.dropin import accelerate, is_accelerated, restore
 from cmaclip_fast.errors import InputError
+from cmaclip_fast.nn import layers
+from cmaclip_fast.nn.dropin import accelerate, is_accelerated, restore
 
 KINDS = {(image_kind(name), text_kind(name)): name for name in open_clip.list_models() if text_kind(name) is not None}
 LENGTHS = [5, CONTEXT, 2, 9]

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from families import CONTEXT, END, image_kind, make_tokens, small, text_kind
 from padded import padded_logits
 
-from cmaclip_fast import layers
 from cmaclip_fast.classifier.engine import Engine, bucket
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.tokenizer import OpenClipTokenizer
-from cmaclip_fast.layouts import _FEW_ROWS, lay_out, linear
-from cmaclip_fast.model import CMACLIP, ModelConfig
+from cmaclip_fast.nn import layers
+from cmaclip_fast.nn.laid_out import _FEW_ROWS, lay_out, linear
 from cmaclip_fast.ops import dispatch, use_backend
+from cmaclip_fast.systems.cma_clip import CMACLIP, CMACLIPConfig
 from cmaclip_fast.types import Batch
 
 TASKS = {"colour": ["red", "green", "blue"], "style": ["long", "short"]}
@@ -25,7 +25,7 @@ KINDS = {(image_kind(name), text_kind(name)): name for name in open_clip.list_mo
 def make(name: str = "ViT-B-32", **options) -> CMACLIP:
     clip = small(name)
     torch.manual_seed(1)
-    config = ModelConfig(name=name, **{"width": 32, "depth": 2, "heads": 2} | options)
+    config = CMACLIPConfig(name=name, **{"width": 32, "depth": 2, "heads": 2} | options)
     model = CMACLIP(config, TASKS, clip, ImagePreprocessing(size=24), OpenClipTokenizer("ViT-B-32"))
     for name_, parameter in model.named_parameters():
         if name_.endswith(("bias", "type_embedding")):

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from cmaclip_fast import CMACLIP, Batch, InputError
 from cmaclip_fast.data.preprocess import ImagePreprocessing
-from cmaclip_fast.fitting import TrainingConfig, parameter_groups
-from cmaclip_fast.lora import add_adapters, merge_adapters
-from cmaclip_fast.model import ModelConfig
-from cmaclip_fast.modes import evaluation_copy
+from cmaclip_fast.nn.modes import evaluation_copy
+from cmaclip_fast.systems.cma_clip import CMACLIPConfig
+from cmaclip_fast.training.config import TrainingConfig
+from cmaclip_fast.training.loop import parameter_groups
+from cmaclip_fast.training.lora import add_adapters, merge_adapters
 
 RANK, SIDE = 3, 32
 TASKS = {"colour": ["blue", "green", "red"]}
@@ -30,7 +31,7 @@ def make(kind: str) -> CMACLIP:
     """A model in float64 on small towers."""
     clip = clip_of(kind)
     torch.manual_seed(0)
-    config = ModelConfig(name=kind, width=32, heads=2, depth=1)
+    config = CMACLIPConfig(name=kind, width=32, heads=2, depth=1)
     tokenizer: Any = SimpleNamespace(context_length=CONTEXT)
     return CMACLIP(config, TASKS, clip, ImagePreprocessing(size=SIDE), tokenizer).double()
 
@@ -123,7 +124,7 @@ def test_gradients_of_adapters_are_those_of_the_plain_way(kind: str, monkeypatch
     learn(model)
     found = gradients(model, list(model(inputs).logits.values()))
     with monkeypatch.context() as patch:
-        patch.setattr("cmaclip_fast.towers.can_be_packed", lambda x: False)
+        patch.setattr("cmaclip_fast.nn.towers.can_be_packed", lambda x: False)
         seen = tokens_of_mlps(patch)
         expected = gradients(model, list(model(inputs).logits.values()))
         assert len(seen) == 1, "more than the fusion ran packed"
@@ -170,7 +171,7 @@ def test_a_tower_without_linear_layers() -> None:
     clip = small("ViT-B-32")
     vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}
     clip.visual = CustomTextCLIP(40, vision, {"width": 32, "heads": 2, "layers": 1}).visual
-    config = ModelConfig(name="RN50", width=32, heads=2, depth=1)
+    config = CMACLIPConfig(name="RN50", width=32, heads=2, depth=1)
     model = CMACLIP(config, TASKS, clip, ImagePreprocessing(size=64), SimpleNamespace(context_length=CONTEXT))
     with pytest.raises(InputError, match="image tower of 'RN50' has no linear layers"):
         add_adapters(model, RANK)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 
-from cmaclip_fast.dropin import accelerate
+from cmaclip_fast.nn.dropin import accelerate
 
 PARTS = {
     "expand": ("mlp.c_fc", "linear1"),

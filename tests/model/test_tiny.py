@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cmaclip_fast.tiny import ConvStem, SubwordEmbedding, TinyCLIP, hashed_ngrams
+from cmaclip_fast.nn.tiny import ConvStem, SubwordEmbedding, TinyCLIP, hashed_ngrams
 
 PIECES = ["", "", "", "flower", "flowers", "ox"]
 PAD, START, END, FLOWER, FLOWERS, OX = range(6)

@@ -8,7 +8,7 @@ from open_clip.coca_model import CoCa
 from open_clip.model import CustomTextCLIP
 
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.towers import image_tower, text_tower
+from cmaclip_fast.nn.towers import image_tower, text_tower
 
 VIT = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 16}
 TEXT = {"context_length": 12, "vocab_size": 50, "width": 48, "heads": 3, "layers": 2}

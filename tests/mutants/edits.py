@@ -183,6 +183,13 @@ EDITS = (
         "chunk * kPerAccess<T> <= width;",
         ATTENTION,
     ),
+    cuda(
+        "tile",
+        "split TF32: the whole depth is summed in one accumulator, which truncates",
+        "isa::mma_m16n8k8_tf32(slice, a_part, b_part);",
+        "isa::mma_m16n8k8_tf32(sum, a_part, b_part);",
+        ATTENTION,
+    ),
     cuda("tile", "the rows of a tile lie unswizzled", "(chunk ^ swizzle(row))", "chunk", ATTENTION),
     cuda(
         "tile",

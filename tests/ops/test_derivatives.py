@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from cmaclip_fast import ops
-from cmaclip_fast.layers import Rows, layer_of, recomputing_linear, run_layers
+from cmaclip_fast.nn.layers import Rows, layer_of, recomputing_linear, run_layers
 from cmaclip_fast.ops import available_backends, dispatch, epilogue, use_backend
 
 CASES: dict[str, Callable[[], Case]] = {

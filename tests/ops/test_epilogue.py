@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
-from cmaclip_fast.layers import Rows, layer_of
+from cmaclip_fast.nn.layers import Rows, layer_of
 from cmaclip_fast.ops import dispatch, epilogue, use_backend
 from tests.rule import judge
 

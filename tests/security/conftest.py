@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from cmaclip_fast.artifact import DataColumns, save_model
-from cmaclip_fast.systems import create_system
+from cmaclip_fast.classifier.artifact import DataColumns, save_model
 from cmaclip_fast.systems.base import System
+from cmaclip_fast.systems.build import create_system
 from tests.systems.conftest import NAMES, TASKS, make, make_tokenizer
 
 VISION = {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16}

@@ -36,7 +36,7 @@ def main(folders: list[str]) -> None:
     import torch._dynamo  # what PyTorch imports late
     from PIL import Image
 
-    from cmaclip_fast.artifact import load_model
+    from cmaclip_fast.classifier.artifact import load_model
     from cmaclip_fast.errors import InputError
     from cmaclip_fast.types import Batch
 

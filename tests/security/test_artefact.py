@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cmaclip_fast import InputError
-from cmaclip_fast.artifact import load_config, load_metrics, load_model
+from cmaclip_fast.classifier.artifact import load_config, load_metrics, load_model
 from tests.systems.conftest import NAMES
 
 from .conftest import Change, at_most, change_config

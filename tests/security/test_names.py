@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cmaclip_fast import cli
+from cmaclip_fast.cli import app as cli
 from cmaclip_fast.errors import one_line, visible
 from cmaclip_fast.progress import Console, rate_bar
 

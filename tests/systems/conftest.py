@@ -9,8 +9,9 @@ import torch
 
 from cmaclip_fast import Batch
 from cmaclip_fast.data import TrainedTokenizer
-from cmaclip_fast.systems import VARIANTS, create_system, systems
 from cmaclip_fast.systems.base import System
+from cmaclip_fast.systems.build import create_system
+from cmaclip_fast.systems.registry import VARIANTS, systems
 
 TASKS = {"colour": ["blue", "green", "red"], "style/cut": ["long", "short"]}
 TEXTS = ["a long red dress", "short blue coat", "green skirt", "a short red coat", None, "blue dress", "long skirt"]

@@ -16,14 +16,15 @@ from PIL import Image
 from rich.console import Console
 
 from cmaclip_fast import InputError
-from cmaclip_fast.comparison import LOCK, Comparison, Run, Try, _classify, compare, curve, prepare, record_path
-from cmaclip_fast.comparison_page import summary, welch, write_page
-from cmaclip_fast.comparison_pictures import draw_attention
-from cmaclip_fast.cost import forward_flops, parameters
 from cmaclip_fast.data import Columns, TrainedTokenizer, class_names, read_table
 from cmaclip_fast.data.noise import Noise, add_noise
-from cmaclip_fast.report import ExampleView
-from cmaclip_fast.systems import create_system
+from cmaclip_fast.evaluation.cost import forward_flops, parameters
+from cmaclip_fast.pages.comparison import summary, welch, write_page
+from cmaclip_fast.pages.comparison_pictures import draw_attention
+from cmaclip_fast.pages.views import ExampleView
+from cmaclip_fast.systems.build import create_system
+from cmaclip_fast.training.comparison import LOCK, Comparison, Run, Try, compare, prepare, record_path
+from cmaclip_fast.training.curves import _classify, curve
 
 from ..cli.conftest import Done, cmaclip, write_data
 from .conftest import make, make_batch
@@ -99,8 +100,8 @@ def test_a_curve_is_what_evaluating_damaged_rows_gives(comparison: Comparison, k
     model = create_system("cma-clip", "tiny", classes, tokenizer=tokenizer, **SMALL).eval()
     said = curve(model, test, kind, _classify(model, test), 0.9)[point]
     answers = _classify(model, add_noise(test, Noise(kind, said["level"])))
-    for task, metrics in answers.metrics().items():
-        assert said["tasks"][task]["accuracy"] == pytest.approx(metrics.accuracy)
+    for task, numbers in answers.headlines().items():
+        assert said["tasks"][task]["accuracy"] == pytest.approx(numbers["accuracy"])
         assert said["text_weight"][task] == pytest.approx(float(answers.weights[task][:, 0].mean()), abs=1e-6)
 
 

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import cmaclip_fast.systems as package
 from cmaclip_fast import Classifier, InputError
-from cmaclip_fast.systems import VARIANTS, systems
+from cmaclip_fast.systems.registry import VARIANTS, systems
 
 from ..cli.conftest import COLUMNS, Done, cmaclip, write_data
 
@@ -49,10 +51,10 @@ def test_the_example_trains_and_comes_back(gmu: str, cmaclip: Callable[..., Done
 
 def test_an_artefact_of_a_system_that_is_gone_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
-        '{"system": "gmu", "model": {}, "tasks": {}, "preprocessing": {}, "tokenizer": {}, "source": "", '
-        '"columns": {"image": null, "text": null, "tasks": []}, "training": {}, "versions": {}}'
+        '{"system": "gmu", "model": {}, "tasks": {"a": ["b", "c"]}, "preprocessing": {}, "tokenizer": {}, '
+        '"source": "", "columns": {"image": null, "text": null, "tasks": ["a"]}, "training": {}, "versions": {}}'
     )
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="gmu: unknown"):
         Classifier.load(tmp_path)
 

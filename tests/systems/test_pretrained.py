@@ -10,10 +10,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cmaclip_fast import Batch, Classifier, InputError
-from cmaclip_fast.artifact import DataColumns, load_model, save_model
-from cmaclip_fast.fitting import TrainingConfig, parameter_groups
-from cmaclip_fast.systems import create_system
+from cmaclip_fast.classifier.artifact import DataColumns, load_model, save_model
 from cmaclip_fast.systems.base import System
+from cmaclip_fast.systems.build import create_system
+from cmaclip_fast.training.config import TrainingConfig
+from cmaclip_fast.training.loop import parameter_groups
 
 from .conftest import TASKS, make_tokenizer
 

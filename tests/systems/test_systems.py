@@ -10,9 +10,13 @@ import pytest
 import torch
 
 from cmaclip_fast import Batch, InputError
-from cmaclip_fast.artifact import DataColumns, load_model, save_model
-from cmaclip_fast.fitting import Objective, TrainingConfig, parameter_groups
-from cmaclip_fast.systems import VARIANTS, create_system, find_system, systems
+from cmaclip_fast.classifier.artifact import DataColumns, load_model, save_model
+from cmaclip_fast.systems.build import create_system
+from cmaclip_fast.systems.registry import VARIANTS, find_system, systems
+from cmaclip_fast.training.config import TrainingConfig
+from cmaclip_fast.training.loop import parameter_groups
+from cmaclip_fast.training.objective import Objective
+from cmaclip_fast.types import IMAGE, TEXT
 
 from .conftest import NAMES, TASKS, make, make_batch
 
@@ -162,4 +166,4 @@ def test_auxiliary_heads_are_for_systems_of_two_towers() -> None:
         assert system.has_auxiliary_heads == two, name
         if two:
             output = system(make_batch())
-            assert [list(logits) for logits in system.auxiliary_logits(output)] == [list(TASKS)] * 2
+            assert all(list(system.auxiliary_logits(output, modality)) == list(TASKS) for modality in (TEXT, IMAGE))

@@ -12,8 +12,8 @@ from benchmarks.gpu_kit.result import Result, main
 from cmaclip_fast.bench.workloads import FUSION_DEPTH, SMALL, make_model
 from cmaclip_fast.classifier.engine import Engine
 from cmaclip_fast.data import read_table
-from cmaclip_fast.losses import multitask_loss
-from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.nn.losses import multitask_loss
+from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.types import Batch
 
 TASKS = ("category", "color")

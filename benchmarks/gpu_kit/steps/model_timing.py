@@ -22,7 +22,7 @@ from cmaclip_fast.bench.peers.plain import PlainLongest
 from cmaclip_fast.bench.timing import Spread, alternate
 from cmaclip_fast.bench.workloads import FUSION_DEPTH, SMALL, Texts, Workload, make_batches, make_model
 from cmaclip_fast.classifier.engine import Engine
-from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.types import Batch
 
 SECONDS = 0.8

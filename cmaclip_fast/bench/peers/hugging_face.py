@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cmaclip_fast.bench.peers.plain import Fusion, to_longest
 from cmaclip_fast.bench.peers.system import Setting, System
-from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.types import Batch
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cmaclip_fast.bench.peers.plain import PlainCMACLIP, to_longest
 from cmaclip_fast.bench.peers.system import Setting, System
-from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.types import Batch
 
 OPSET = 18

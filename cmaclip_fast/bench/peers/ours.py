@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cmaclip_fast.bench.peers.system import Setting, System
 from cmaclip_fast.classifier.classifier import Classifier
-from cmaclip_fast.losses import multitask_loss
+from cmaclip_fast.nn.losses import multitask_loss
 from cmaclip_fast.types import Batch, Output
 
 

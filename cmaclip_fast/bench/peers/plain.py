@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from cmaclip_fast.bench.loops import KeylessAttention
 from cmaclip_fast.bench.peers.system import Setting, System, twin
-from cmaclip_fast.dropin import accelerate
-from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.nn.dropin import accelerate
+from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.types import Batch
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cmaclip_fast.bench.peers.plain import PlainCMACLIP, PlainLongest
 from cmaclip_fast.bench.peers.system import Setting, System
-from cmaclip_fast.layers import Queries, Rows
+from cmaclip_fast.nn.layers import Queries, Rows
 from cmaclip_fast.types import Batch
 
 

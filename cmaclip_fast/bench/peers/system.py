@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmaclip_fast.model import CMACLIP
+from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.types import Batch
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -1,0 +1,1 @@
+"""The `cmaclip` command: reads arguments, calls the package, prints."""

@@ -1,0 +1,152 @@
+"""`cmaclip compare`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cmaclip_fast import signals
+from cmaclip_fast.cli.options import (
+    MAX_PIXELS,
+    BadRows,
+    BadRowsOption,
+    ImageDirOption,
+    ImageOption,
+    ImageTowerOption,
+    PixelsOption,
+    SplitColumnOption,
+    TaskOption,
+    TextOption,
+    TextTowerOption,
+    parse_options,
+)
+from cmaclip_fast.cli.output import err, out
+from cmaclip_fast.data.source import read_columns
+from cmaclip_fast.errors import InputError
+from cmaclip_fast.signals import exit_code
+
+
+def compare(
+    data: Annotated[list[str], typer.Option(help="As for `train`; repeat for several data sets.")],
+    output: Annotated[
+        Path, typer.Option(help="The folder for records and the page; an interrupted one is gone on with.")
+    ],
+    systems: Annotated[str | None, typer.Option(help="Names, with commas; the first is tested against.")] = None,
+    seeds: Annotated[str, typer.Option(help="Numbers, with commas; at least two give deviations.")] = "0,1,2",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rows, small pictures, a short training.")] = False,
+    image: ImageOption = None,
+    text: TextOption = None,
+    task: TaskOption = None,
+    model: Annotated[str, typer.Option(help="Towers of all systems: `tiny`, or an open_clip model name.")] = "tiny",
+    pretrained: Annotated[str | None, typer.Option(help="An open_clip tag, or a checkpoint file.")] = None,
+    text_tower: TextTowerOption = None,
+    image_tower: ImageTowerOption = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training rows, the same for all.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="At most so many training rows.")] = None,
+    test_rows: Annotated[int | None, typer.Option(min=1, help="At most so many test rows.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE of `TrainingConfig`, or of the systems that have it, such as `depth=2`; repeat."),
+    ] = None,
+    attempt: Annotated[
+        list[str] | None,
+        typer.Option("--try", help="NAME=VALUE,…: a setting to try; repeat. The best by validation is taken."),
+    ] = None,
+    training_noise: Annotated[
+        str | None, typer.Option(help="KIND:LEVEL, damage to the training rows, as for `evaluate --noise`.")
+    ] = None,
+    train_on: Annotated[
+        str | None, typer.Option(help="COLUMN=VALUE: train on these rows alone, such as `language=en`; test on all.")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Column whose values are also measured one by one.")] = None,
+    precision: Annotated[float, typer.Option(min=0.01, max=1.0, help="Target of recall at a precision.")] = 0.9,
+    image_dir: ImageDirOption = None,
+    split_column: SplitColumnOption = None,
+    on_bad_rows: BadRowsOption = BadRows.error,
+    max_image_pixels: PixelsOption = MAX_PIXELS,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Keep each run's folder, with its report.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, each on its share of the cores.")] = 1,
+) -> None:
+    """Compare systems on data sets, with the same towers and training for all: tables, tests and curves on one page.
+
+    Finished runs are not repeated: the same command goes on where it stopped.
+
+    Example: `cmaclip compare --data openclipart --output runs/compared --quick`
+
+    Example: `cmaclip compare --data openclipart --systems cma-clip,clip,mmbt --seeds 0,1 --output runs/three`
+
+    Example: `cmaclip compare --data emoji --try learning_rate=1e-3 --try learning_rate=2e-3 --output runs/tuned`
+    """
+    from cmaclip_fast.data.noise import parse_noise
+    from cmaclip_fast.pages.comparison import write_page
+    from cmaclip_fast.training import comparison as c
+
+    names = tuple(name.strip() for name in systems.split(",")) if systems else c.SYSTEMS
+    model_options, training_options = parse_options(option or [], names)
+    if quick:
+        model_options = {**(c.QUICK_MODEL if model == "tiny" else {}), **model_options}
+        training_options = {**c.QUICK_TRAINING, **training_options}
+    training_options |= {} if epochs is None else {"epochs": epochs}
+    towers = {"text_tower": text_tower, "image_tower": image_tower}
+    model_options |= {name: value for name, value in towers.items() if value is not None}
+    limits = dict(c.QUICK_ROWS) if quick else {}
+    limits |= {split: most for split, most in (("train", rows), ("test", test_rows)) if most is not None}
+    tries = tuple(
+        c.Try(spec, *parse_options([pair.strip() for pair in spec.split(",")], names, "--try"))
+        for spec in attempt or []
+    )
+    comparison = c.Comparison(
+        {
+            Path(source).name: read_columns(source, image, text, task, None, image_dir, max_image_pixels, split_column)
+            for source in data
+        },
+        output,
+        names,
+        _numbers(seeds),
+        model,
+        pretrained,
+        model_options,
+        training_options,
+        tries,
+        c.QUICK_KINDS if quick else c.Comparison.kinds,
+        None if training_noise is None else parse_noise(training_noise),
+        None if train_on is None else _column_value(train_on),
+        by,
+        limits or None,
+        precision,
+        on_bad_rows.value,
+        keep_models,
+    )
+    if len(comparison.tables) < len(data):
+        raise InputError("--data: two have the same name: rename one")
+    try:
+        records = c.compare(comparison, err, jobs=jobs)
+    except (KeyboardInterrupt, signals.Interrupted) as stop:
+        err.print("interrupted: finished runs are kept; resume with the same command")
+        raise typer.Exit(exit_code(stop)) from None
+    page = write_page(records, output, " ".join(["cmaclip", *map(shlex.quote, sys.argv[1:])]), precision)
+    out.print(page.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
+    out.print(f"page: {page}", soft_wrap=True, highlight=False)
+
+
+def _column_value(text: str) -> tuple[str, str]:
+    column, equals, value = text.partition("=")
+    if not (column and equals and value):
+        raise InputError(f"--train-on {text}: give COLUMN=VALUE, such as language=en")
+    return column, value
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = (-1,)
+    if min(numbers) < 0:
+        raise InputError(f"--seeds {text}: give whole numbers from 0 up, with commas, such as 0,1,2")
+    return numbers

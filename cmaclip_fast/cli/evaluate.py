@@ -1,0 +1,98 @@
+"""`cmaclip evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cmaclip_fast.cli.options import (
+    MAX_PIXELS,
+    BadRows,
+    BadRowsOption,
+    BatchOption,
+    DeviceOption,
+    ImageDirOption,
+    ImageOption,
+    ModelArgument,
+    PixelsOption,
+    SplitColumnOption,
+    TaskOption,
+    TextOption,
+    device_name,
+)
+from cmaclip_fast.cli.output import err, groups_table, metrics_table, out
+from cmaclip_fast.cli.trained import checked_rows, examples_of, files_read, load
+from cmaclip_fast.data.source import Source
+from cmaclip_fast.errors import InputError, listed
+
+
+def evaluate(
+    directory: ModelArgument,
+    data: Annotated[str | None, typer.Option(help="As for `train` [the training data].")] = None,
+    split: Annotated[str, typer.Option(help="Which rows; `all` for every row.")] = "test",
+    noise: Annotated[
+        list[str] | None,
+        typer.Option(help="KIND:LEVEL, a share of rows or a strength, such as `text-replace:0.5`; repeat."),
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Column whose values are also measured one by one.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
+    image: ImageOption = None,
+    text: TextOption = None,
+    task: TaskOption = None,
+    precision: Annotated[float, typer.Option(min=0.01, max=1.0, help="Target of recall at a precision.")] = 0.9,
+    ignore_unknown: Annotated[
+        bool, typer.Option("--ignore-unknown-classes", help="Leave out labels that the model does not know.")
+    ] = False,
+    image_dir: ImageDirOption = None,
+    split_column: SplitColumnOption = None,
+    on_bad_rows: BadRowsOption = BadRows.error,
+    max_image_pixels: PixelsOption = MAX_PIXELS,
+    batch_size: BatchOption = 64,
+    device: DeviceOption = "auto",
+) -> None:
+    """Measure a model on labelled rows.
+
+    Example: `cmaclip evaluate runs/clipart --split test --noise text-drop:0.5 --json metrics.json`
+
+    Example: `cmaclip evaluate runs/emoji --data emoji:all --by language`
+    """
+    from cmaclip_fast.data.files import near
+    from cmaclip_fast.data.noise import add_noise, parse_noise
+    from cmaclip_fast.evaluation.evaluate import VIEWS, classify
+    from cmaclip_fast.files import check_output_file, write_json
+
+    if json_file is not None:
+        check_output_file(json_file, overwrite=True)
+    model, config = load(directory, device)
+    source = Source(data, image, text, task, None, image_dir, split, split_column, on_bad_rows.value, max_image_pixels)
+    table, counts = checked_rows(source, config)
+    if json_file is not None:
+        check_output_file(json_file, overwrite=True, inputs=files_read(directory, table))
+    if by is not None and by not in (names := table.column_names):
+        raise InputError(f"--by {by}: {table.name} has no such column{near(by, names)}: {listed(names)}")
+    for spec in noise or []:
+        table = add_noise(table, parse_noise(spec))
+    examples = examples_of(model, table, "ignore" if ignore_unknown else "error", task)
+    counts |= {f"unknown class of {name}": number for name, number in examples.ignored.items() if number}
+    if examples.truncated:
+        counts["truncated text"] = examples.truncated
+    target = device_name(device)
+    headlines: dict[str, dict[str, dict[str, float]]] = {}
+    groups: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for view in VIEWS:
+        answers = classify(model, examples, batch_size, target, view, f"evaluating, {view}")
+        headlines[view] = answers.headlines(precision)
+        for group, part in ({} if by is None else answers.by_value(examples.table.labels(by))).items():
+            groups.setdefault(group, {})[view] = part.headlines(precision)
+    if not any(m["rows"] for m in headlines["both"].values()):
+        raise InputError(f"{examples.table.name}: no labelled row in split '{split}': name another --split or --task")
+    if json_file is not None:
+        told = {"tasks": headlines["both"], "views": headlines, "counts": counts}
+        write_json(json_file, told | ({} if by is None else {"by": {by: groups}}))
+    out.print(metrics_table(headlines, precision))
+    if by is not None:
+        out.print(groups_table(groups, by))
+    for kind, number in counts.items():
+        err.print(f"{kind}: {number}", highlight=False)

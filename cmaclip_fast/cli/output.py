@@ -1,0 +1,48 @@
+"""What commands print, and the tables of metrics."""
+
+from __future__ import annotations
+
+from rich.table import Table as RichTable
+
+from cmaclip_fast.errors import clipped
+from cmaclip_fast.progress import Console
+
+out = Console()
+
+err = Console(stderr=True)
+
+SHOWN_GROUPS = 100
+"""The most values of the column of `evaluate --by` that are printed; --json has all of them."""
+
+
+def metrics_table(metrics: dict[str, dict[str, dict[str, float]]], precision: float) -> RichTable:
+    """Per task and view: accuracy, macro-F1 and recall at the target precision."""
+    table = RichTable("task", "given", "accuracy", "macro F1", f"recall at {precision:.0%} precision", "rows", box=None)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for task in next(iter(metrics.values())):
+        for view, tasks in metrics.items():
+            m = tasks[task]
+            numbers = [f"{m[k]:.3f}" for k in ("accuracy", "macro_f1", "recall_at_precision")]
+            table.add_row(clipped(task), view, *numbers, f"{m['rows']:.0f}", style="bold" if view == "both" else None)
+    return table
+
+
+def groups_table(groups: dict[str, dict[str, dict[str, dict[str, float]]]], column: str) -> RichTable:
+    """Each task's accuracy with both modalities, for each value of a column: the values with the most rows."""
+    tasks = list(next(iter(groups.values()))["both"])
+    table = RichTable(clipped(column), *(f"{clipped(task)} accuracy" for task in tasks), "rows", box=None)
+    for number in table.columns[1:]:
+        number.justify = "right"
+
+    def rows(value: str) -> float:
+        return max(m["rows"] for m in groups[value]["both"].values())
+
+    largest = set(sorted(groups, key=rows, reverse=True)[:SHOWN_GROUPS])
+    for value in (value for value in groups if value in largest):
+        measured = groups[value]["both"]
+        numbers = [f"{measured[task]['accuracy']:.3f}" if measured[task]["rows"] else "-" for task in tasks]
+        table.add_row(clipped(value), *numbers, f"{rows(value):.0f}")
+    if len(groups) > len(largest):
+        table.caption = f"the {len(largest)} values of {len(groups):,} with the most rows; --json has them all"
+    return table

@@ -1,0 +1,90 @@
+"""`cmaclip predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cmaclip_fast import signals
+from cmaclip_fast.cli.options import (
+    MAX_PIXELS,
+    BadRows,
+    BadRowsOption,
+    BatchOption,
+    DataOption,
+    DeviceOption,
+    EngineName,
+    ImageDirOption,
+    ImageOption,
+    KeyOption,
+    ModelArgument,
+    PixelsOption,
+    SplitColumnOption,
+    TextOption,
+    device_name,
+)
+from cmaclip_fast.cli.output import err, out
+from cmaclip_fast.cli.trained import chosen_rows
+from cmaclip_fast.data.source import Source
+from cmaclip_fast.signals import exit_code
+
+
+def predict(
+    directory: ModelArgument,
+    data: DataOption,
+    output: Annotated[Path, typer.Option(help="The Parquet file to write.")],
+    image: ImageOption = None,
+    text: TextOption = None,
+    key: KeyOption = None,
+    split: Annotated[str, typer.Option(help="Which rows; `all` for every row.")] = "all",
+    image_dir: ImageDirOption = None,
+    split_column: SplitColumnOption = None,
+    on_bad_rows: BadRowsOption = BadRows.error,
+    max_image_pixels: PixelsOption = MAX_PIXELS,
+    batch_size: BatchOption = 64,
+    device: DeviceOption = "auto",
+    engine: Annotated[
+        EngineName, typer.Option(help="This process, or a Ray cluster (RAY_ADDRESS).")
+    ] = EngineName.local,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Models side by side with Ray [one for each GPU, or machine].")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that did not end.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Label rows: per task the label, its probability, the top five and the modality weights, as Parquet.
+
+    Rows are labelled part by part; after an interruption `--resume` goes on with what is left.
+
+    Example: `cmaclip predict runs/clipart --data openclipart --split test --key id --output labels.parquet`
+    """
+    from cmaclip_fast.classifier.artifact import load_config
+    from cmaclip_fast.classifier.bulk import BulkRun, predict_table
+    from cmaclip_fast.files import check_output_file
+
+    check_output_file(output, overwrite)
+    config = load_config(directory)
+    source = Source(data, image, text, [], key, image_dir, split, split_column, on_bad_rows.value, max_image_pixels)
+    bulk = BulkRun(
+        directory,
+        chosen_rows(source, config),
+        output,
+        on_bad_rows.value,
+        batch_size,
+        None if device == "auto" else device if engine is EngineName.ray else device_name(device),
+        engine.value,
+        workers,
+        resume,
+        overwrite,
+    )
+    try:
+        counts = predict_table(bulk, config.tasks, err)
+    except (KeyboardInterrupt, signals.Interrupted) as stop:
+        err.print("interrupted: labelled rows are kept; resume with the same command and --resume")
+        raise typer.Exit(exit_code(stop)) from None
+    rows = counts.pop("rows")
+    for kind, number in counts.items():
+        err.print(f"{kind}: {number}", highlight=False)
+    out.print(f"{rows} rows: {output}", soft_wrap=True, highlight=False)

@@ -1,0 +1,121 @@
+"""The rows that a command works on, from the options that name a table, its columns and a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from cmaclip_fast.data.check import RowPolicy, check_rows
+from cmaclip_fast.data.named import Columns, Taxonomy, absolute
+from cmaclip_fast.data.split import NAMES, split_table
+from cmaclip_fast.data.table import Table, read_table
+from cmaclip_fast.errors import InputError
+
+
+class DataColumns(BaseModel):
+    """Where the training data had its pictures, texts and labels; the defaults of later commands."""
+
+    image: str | None
+    text: str | None
+    tasks: list[str]
+    split: str | None = None
+    image_dir: str | None = None
+    taxonomies: tuple[Taxonomy, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """What a model was trained on.
+
+    Attributes:
+        source: as `--data` named it.
+        columns: those that were used.
+        seed: of the random split.
+    """
+
+    source: str
+    columns: DataColumns
+    seed: int
+
+
+def read_columns(
+    data: str,
+    image: str | None,
+    text: str | None,
+    tasks: list[str] | None,
+    keys: list[str] | None,
+    image_dir: Path | None,
+    max_image_pixels: int,
+    split_column: str | None = None,
+    split: str | None = None,
+    any_columns: bool = False,
+    taxonomies: tuple[Taxonomy, ...] = (),
+) -> Table:
+    """`read_table` with each column named by an argument."""
+
+    columns = Columns(image, text, tuple(tasks or ()), tuple(keys or ()), split_column, taxonomies)
+    return read_table(
+        data, columns, image_dir=image_dir, split=split, max_image_pixels=max_image_pixels, any_columns=any_columns
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows that a trained model is to be run on, as the command line names them."""
+
+    data: str | None
+    image: str | None
+    text: str | None
+    tasks: list[str] | None
+    keys: list[str] | None
+    image_dir: Path | None
+    split: str
+    split_column: str | None
+    on_bad_rows: RowPolicy
+    max_image_pixels: int
+
+    def checked(self, trained: TrainedOn, tell: Callable[[str], None]) -> tuple[Table, dict[str, int]]:
+        """The checked rows, and how many were bad in what way; what is not named is as in training."""
+        return check_rows(self.unchecked(trained, tell), self.on_bad_rows)
+
+    def unchecked(self, trained: TrainedOn, tell: Callable[[str], None]) -> Table:
+        """The rows of the split, pictures not yet read. Training data are split as they were for training.
+
+        Args:
+            tell: is given what a user should know: an absent column, an absent split.
+        """
+        known = trained.columns
+        again = self.data is None or absolute(self.data) == trained.source
+        source = self.data or trained.source
+        image_dir = self.image_dir or (Path(known.image_dir) if again and known.image_dir else None)
+        split_column = self.split_column or (known.split if again else None)
+        found = read_columns(source, None, None, None, None, image_dir, self.max_image_pixels, any_columns=True)
+        columns = found.column_names
+        image, text = (
+            given or (name if name in columns else None)
+            for given, name in ((self.image, known.image), (self.text, known.text))
+        )
+        for name, there in ((known.image, image), (known.text, text)):
+            if name is not None and there is None:
+                tell(f"{source}: no column '{name}', which the model was trained with: taken for absent")
+        taxonomies = tuple(taxonomy for taxonomy in known.taxonomies if again or taxonomy.column in columns)
+        levels = {task for taxonomy in known.taxonomies for task in taxonomy.levels_in(known.tasks)}
+        tasks = known.tasks if again else [task for task in self.tasks or known.tasks if self.tasks or task in columns]
+        tasks = [task for task in tasks if task not in levels]
+
+        used = Columns(image, text, tuple(tasks), tuple(self.keys or ()), split_column, taxonomies)
+        table = found.with_columns(used)
+        if self.split == "all":
+            return table
+        if again and self.split in NAMES:
+            part = split_table(table, split_column=split_column, seed=trained.seed)[self.split]
+            if len(part) == 0:
+                raise InputError(f"{source}: no row of split '{self.split}': name another --split, or all")
+            return part
+        if table.columns.split is None:
+            tell(f"{source}: no split column: all {len(table)} rows are used")
+            return table
+        return found.with_columns(used, self.split)

@@ -1,0 +1,176 @@
+"""Runs a model over a table and measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor, nn
+
+from cmaclip_fast.data.examples import Examples, make_loader
+from cmaclip_fast.data.named import Taxonomy
+from cmaclip_fast.evaluation.metrics import TaskMetrics, headline_metrics, task_metrics
+from cmaclip_fast.nn.modes import evaluation_copy
+from cmaclip_fast.systems.taxonomy import task_probabilities
+from cmaclip_fast.types import Batch, Output
+
+VIEWS: dict[str, dict[str, bool]] = {"both": {}, "text alone": {"image": False}, "image alone": {"text": False}}
+"""What the model is given of each row: both modalities, or one with the other hidden (see `Batch.keep`)."""
+
+
+class Runs(Protocol):
+    """What is run: a `System`, or the engine of a `Classifier`."""
+
+    @property
+    def tasks(self) -> dict[str, list[str]]: ...
+
+    @property
+    def taxonomies(self) -> Sequence[Taxonomy]: ...
+
+    def __call__(self, batch: Batch, with_attention: bool = False) -> Output: ...
+
+
+@dataclass
+class Classified:
+    """A model's answers for the rows of a table.
+
+    Attributes:
+        predicted, confidence: for each task `[N]`, the most probable class and its probability.
+        labels: for each task `[N]`, -1 where unlabelled.
+        likelihood: for each labelled task `[N]`, the probability of the label; of no meaning where unlabelled.
+        weights: for each task `[N, 2]`, text and image; None for a system without them.
+        present: `[N, 2]`, what each row had.
+        probabilities: for each task `[N, C_task]`; empty unless asked for, since many classes take gigabytes.
+    """
+
+    predicted: dict[str, Tensor]
+    confidence: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    likelihood: dict[str, Tensor]
+    weights: dict[str, Tensor] | None
+    present: Tensor
+    probabilities: dict[str, Tensor] = field(default_factory=dict)
+
+    def select(self, rows: Tensor) -> Classified:
+        """The answers for some of the rows: a mask `[N]`, or their numbers."""
+
+        def chosen(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {task: of_task[rows] for task, of_task in values.items()}
+
+        return Classified(
+            chosen(self.predicted),
+            chosen(self.confidence),
+            chosen(self.labels),
+            chosen(self.likelihood),
+            None if self.weights is None else chosen(self.weights),
+            self.present[rows],
+            chosen(self.probabilities),
+        )
+
+    def by_value(self, values: Sequence[str | None]) -> dict[str, Classified]:
+        """The answers for the rows of each value, in the order of the values' names; `none` where there is none."""
+        rows: dict[str, list[int]] = {}
+        for row, value in enumerate(values):
+            rows.setdefault(value or "none", []).append(row)
+        return {value: self.select(torch.tensor(rows[value])) for value in sorted(rows)}
+
+    def loss(self) -> float:
+        """The mean over tasks of the mean negative log-likelihood of their labelled rows."""
+        losses = [
+            F.nll_loss(self.likelihood[task].clamp_min(1e-12).log()[:, None], labels.clamp(max=0), ignore_index=-1)
+            for task, labels in self.labels.items()
+            if (labels >= 0).any()
+        ]
+        return float(torch.stack(losses).mean()) if losses else 0.0
+
+    def headlines(self, target_precision: float = 0.9) -> dict[str, dict[str, float]]:
+        """Each task's headline numbers (see `TaskMetrics.headline`)."""
+        return {
+            task: headline_metrics(self.confidence[task], predicted, self.labels[task], target_precision)
+            for task, predicted in self.predicted.items()
+            if task in self.labels
+        }
+
+    def metrics(self, target_precision: float = 0.9) -> dict[str, TaskMetrics]:
+        """Each task's metrics on its labelled rows; needs `probabilities`."""
+        return {
+            task: task_metrics(probabilities, self.labels[task], target_precision)
+            for task, probabilities in self.probabilities.items()
+            if task in self.labels
+        }
+
+
+def classify(
+    model: Runs,
+    examples: Examples,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    view: str = "both",
+    description: str | None = None,
+    with_probabilities: bool = False,
+) -> Classified:
+    """Classifies all rows, in order.
+
+    Args:
+        view: a key of `VIEWS`.
+        description: shown with a progress bar; None shows none.
+        with_probabilities: keep those of every class, which `Classified.metrics` needs.
+    """
+    parts: dict[str, dict[str, list[Tensor]]] = {
+        name: {} for name in ("predicted", "confidence", "labels", "likelihood", "weights")
+    }
+    probabilities: dict[str, Tensor] = {}
+    present: list[Tensor] = []
+    done = 0
+    for batch, output in run(model, examples, batch_size, device, view, description):
+        found = task_probabilities(output.logits, model.tasks, model.taxonomies)
+        best = {task: values.max(1) for task, values in found.items()}
+        labels = {task: values for task, values in batch.labels.items() if task in found}
+        likelihood = {
+            task: found[task].gather(1, values.clamp_min(0)[:, None])[:, 0] for task, values in labels.items()
+        }
+        for name, of_batch in {
+            "predicted": {task: values.indices for task, values in best.items()},
+            "confidence": {task: values.values for task, values in best.items()},
+            "labels": labels,
+            "likelihood": likelihood,
+            "weights": output.modality_weights or {},
+        }.items():
+            for task, values in of_batch.items():
+                parts[name].setdefault(task, []).append(values.cpu())
+        if with_probabilities:
+            for task, values in found.items():
+                if task not in probabilities:
+                    probabilities[task] = torch.empty(len(examples), values.shape[1])
+                probabilities[task][done : done + len(batch)] = values
+        present.append(batch.present.cpu())
+        done += len(batch)
+    joined = {name: {task: torch.cat(values) for task, values in of.items()} for name, of in parts.items()}
+    weights = {task: values.float() for task, values in joined.pop("weights").items()} or None
+    return Classified(**joined, weights=weights, present=torch.cat(present), probabilities=probabilities)
+
+
+@torch.inference_mode()
+def run(
+    model: Runs,
+    examples: Examples,
+    batch_size: int,
+    device: torch.device | str,
+    view: str = "both",
+    description: str | None = None,
+    with_attention: bool = False,
+) -> Iterator[tuple[Batch, Output]]:
+    """Runs the model over the rows, a batch at a time; a system in evaluation mode, without changing its own mode."""
+    is_system = isinstance(model, nn.Module)
+    if isinstance(model, nn.Module):
+        model = evaluation_copy(model)
+    loader = make_loader(examples, batch_size, shuffle=False)
+    for batch in loader if description is None else track(loader, description, len(loader), transient=True):
+        batch = batch.keep(**VIEWS[view])
+        if is_system:  # an engine copies the batch itself
+            batch = batch.to(device)
+        yield batch, model(batch, with_attention) if with_attention else model(batch)

@@ -1,0 +1,1 @@
+"""What models are built from: layers on packed tokens, towers, heads, losses, and the drop-in."""

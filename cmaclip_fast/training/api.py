@@ -1,0 +1,102 @@
+"""`cmaclip_fast.train`: what `cmaclip train` does, from Python."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cmaclip_fast.classifier.classifier import Classifier
+from cmaclip_fast.data.check import RowPolicy
+from cmaclip_fast.data.images import MAX_IMAGE_PIXELS
+from cmaclip_fast.data.named import Taxonomy
+from cmaclip_fast.data.source import read_columns
+from cmaclip_fast.errors import InputError
+from cmaclip_fast.systems.registry import find_system
+from cmaclip_fast.training.config import TrainingConfig
+from cmaclip_fast.training.run import TrainingRun
+from cmaclip_fast.training.run import train as run_training
+
+
+def train(
+    data: str | os.PathLike[str],
+    *,
+    output: str | os.PathLike[str],
+    image: str | None = None,
+    text: str | None = None,
+    tasks: Sequence[str] | None = None,
+    taxonomies: Mapping[str, str] | None = None,
+    model: str = "tiny",
+    pretrained: str | None = None,
+    system: str = "cma-clip",
+    image_dir: str | os.PathLike[str] | None = None,
+    split_column: str | None = None,
+    on_bad_rows: RowPolicy = "error",
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    target_precision: float = 0.9,
+    overwrite: bool = False,
+    resume: bool = False,
+    **options: Any,
+) -> Classifier:
+    """Trains a model on a table and writes its folder, as `cmaclip train` does.
+
+    Args:
+        data: a name of `cmaclip data list`, a CSV, TSV, JSONL or Parquet file, a glob of them, or a folder of pictures.
+        output: the folder to make: weights, thresholds, metrics, report.
+        image, text: the columns of pictures (paths or bytes) and of texts; None has none, or the named data set's own.
+        tasks: the columns of labels, one task each.
+        taxonomies: columns of class paths, each with the separator of its names, such as `{"category": " > "}`.
+        model: `tiny`, or an open_clip model name, for the towers.
+        pretrained: an open_clip tag or a checkpoint file; None starts from random weights.
+        system: `cma-clip`, or another of docs/systems.md.
+        image_dir: the folder that relative paths of pictures start from; None is the table's.
+        split_column: a column with `train`, `validation` and `test`; None is `split` if there is one, else the rows are
+            split at random.
+        on_bad_rows: `error`, `skip`, or `mask` (the picture is taken for absent).
+        max_image_pixels: pictures of more are refused.
+        target_precision: of the thresholds and of recall at a fixed precision.
+        overwrite: replace an earlier model at `output`.
+        resume: continue a training towards `output` that was interrupted; the result is the same.
+        options: fields of the system's configuration (`depth=2`) and of `TrainingConfig` (`epochs=10`, `seed=1`).
+
+    Returns:
+        The classifier of the new folder.
+
+    Raises:
+        InputError: bad options or data, or an output that exists.
+    """
+    if isinstance(tasks, str):
+        raise InputError(f"tasks: give a list of columns, not '{tasks}'")
+    model_fields = find_system(system)[0].Config.model_fields
+    known = {*model_fields, *TrainingConfig.model_fields} - {"name", "clip"}
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise InputError(f"{unknown[0]}: no such option: choose among {', '.join(sorted(known))}")
+    table = read_columns(
+        os.fspath(data),
+        image,
+        text,
+        list(tasks or ()),
+        None,
+        None if image_dir is None else Path(image_dir),
+        max_image_pixels,
+        split_column,
+        taxonomies=tuple(Taxonomy(column, separator) for column, separator in (taxonomies or {}).items()),
+    )
+    run = TrainingRun(
+        table,
+        Path(output),
+        system=system,
+        model=model,
+        pretrained=pretrained,
+        model_options={name: value for name, value in options.items() if name in model_fields},
+        training_options={name: value for name, value in options.items() if name not in model_fields},
+        split_column=split_column,
+        on_bad_rows=on_bad_rows,
+        target_precision=target_precision,
+        overwrite=overwrite,
+        resume=resume,
+    )
+    run_training(run)
+    return Classifier.load(output)

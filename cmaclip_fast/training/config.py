@@ -1,0 +1,102 @@
+"""How a model is trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cmaclip_fast.data.augment import Augmentation
+
+
+class TrainingConfig(BaseModel):
+    """How a model is trained. The defaults fit fine-tuning a pretrained CLIP; `TINY_TRAINING` fits `tiny`.
+
+    Attributes:
+        epochs: passes over the training rows.
+        batch_size: rows of a step (on each device).
+        learning_rate: peak, for projections, attention and heads.
+        tower_learning_rate: peak, for the two towers.
+        weight_decay: AdamW's, not on norms, biases and embeddings of position, type or class.
+        warmup: share of all steps with a rising rate; a cosine follows, down to 1 % of the peak.
+        clip_norm: largest norm of the gradient.
+        label_smoothing: share of the probability spread over all classes.
+        text_dropout, image_dropout: how often a row's text, or its picture, is hidden in training, where it has both.
+        mismatch: share of the rows that are given another row's text, so that the training texts are not learnt by
+            heart. Such a pair teaches only the tasks that the model's modality weights say it judges by the picture;
+            a system without such weights is given none.
+        augmentation: random changes of pictures and texts in training; None for none.
+        auxiliary_weight: of the loss of the model's auxiliary heads.
+        small_epochs: share of the epochs, the first ones and never all, that see pictures of two thirds the side, at
+            half the cost; only for `tiny`.
+        pretrained_learning_rate: peak, for a Hugging Face text tower and for a timm image tower with weights of a file.
+        contrastive_epochs: passes over the training pairs with CLIP's own loss before the tasks.
+        ema_decay: of the running average of the weights, which is what is evaluated and kept; 0 for none.
+        patience: epochs without a better validation score before training stops; 0 for never. The score counts from
+            the first epoch with pictures of full size.
+        mixed_precision: of the devices that can.
+        accumulate: batches whose gradients are added up before a step.
+        checkpointing: keep only what goes into each transformer layer and compute the layer again for its gradient:
+            less memory, about a third more work.
+        compile: run through `torch.compile`; the first steps take minutes.
+        lora_rank: of the low-rank adapters (LoRA) that are trained in place of the towers' own weights, at
+            `learning_rate`, and are added to those weights at the end; 0 trains the towers themselves. Needs peft.
+        workers: processes that load data.
+        seed: of weights, order and augmentation; a run on CPU repeats bit for bit on the same machine.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    epochs: int = Field(10, ge=1)
+    batch_size: int = Field(64, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    tower_learning_rate: float = Field(1e-5, ge=0)
+    pretrained_learning_rate: float = Field(5e-5, ge=0)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    clip_norm: float = Field(1.0, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    text_dropout: float = Field(0.1, ge=0, le=1)
+    image_dropout: float = Field(0.1, ge=0, le=1)
+    mismatch: float = Field(0.0, ge=0, lt=1)
+    augmentation: Augmentation | None = Field(default_factory=Augmentation)
+    auxiliary_weight: float = Field(0.5, ge=0)
+    small_epochs: float = Field(0.0, ge=0, lt=1)
+    contrastive_epochs: int = Field(0, ge=0)
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    patience: int = Field(0, ge=0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    accumulate: int = Field(1, ge=1)
+    checkpointing: bool = False
+    compile: bool = False
+    lora_rank: int = Field(0, ge=0)
+    workers: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_side_is_left(self) -> TrainingConfig:
+        if self.text_dropout + self.image_dropout > 1:
+            raise ValueError("text_dropout and image_dropout together are over 1, which leaves rows with neither")
+        return self
+
+
+TINY_TRAINING = TrainingConfig(
+    epochs=25,
+    batch_size=64,
+    learning_rate=2e-3,
+    tower_learning_rate=2e-3,
+    clip_norm=2.0,
+    label_smoothing=0.1,
+    augmentation=Augmentation(
+        scale=(0.6, 1.6),
+        ratio=(0.75, 1.33),
+        rotation=15,
+        brightness=0,
+        contrast=0,
+        erasing=0.25,
+        word_dropout=0.3,
+    ),
+    mismatch=0.25,
+    small_epochs=0.8,
+    ema_decay=0.99,
+)

@@ -1,0 +1,263 @@
+"""The training loop: epochs, schedule, averaged weights, early stopping, checkpoints. It knows no file formats."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from cmaclip_fast import signals
+from cmaclip_fast.data.examples import Examples, make_loader
+from cmaclip_fast.errors import InputError
+from cmaclip_fast.evaluation.evaluate import classify
+from cmaclip_fast.nn.tiny import STRIDE
+from cmaclip_fast.progress import rate_bar
+from cmaclip_fast.systems.base import System
+from cmaclip_fast.systems.pretrained import TimmImage
+from cmaclip_fast.training.checkpoint import Progression, load_checkpoint, save_checkpoint
+from cmaclip_fast.training.config import TrainingConfig
+from cmaclip_fast.training.log import log
+from cmaclip_fast.training.lora import add_adapters, merge_adapters
+from cmaclip_fast.training.memory import Meter
+from cmaclip_fast.training.objective import Objective
+from cmaclip_fast.types import Batch
+
+
+def fit(
+    model: System,
+    training: Examples,
+    validation: Examples,
+    config: TrainingConfig,
+    checkpoint: Path,
+    console: Console,
+    target_precision: float = 0.9,
+) -> Progression:
+    """Trains `model` in place and leaves it with the weights of its best epoch.
+
+    Args:
+        checkpoint: file written after every epoch; where it exists, training goes on from it to the same result.
+        console: for the progress bar.
+
+    Raises:
+        InputError: the checkpoint is damaged or of another model; with `lora_rank` peft is missing, or there is nothing
+            to adapt.
+    """
+    adapted = add_adapters(model, config.lora_rank) if config.lora_rank else []
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulate,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    objective = Objective(model, config, training.has_images)
+    if config.small_epochs and (model.config.name != "tiny" or model.config.image_tower is not None):
+        name = model.config.name if model.config.image_tower is None else model.config.image_tower.model
+        raise InputError(f"small_epochs: '{name}' reads pictures of one size: leave it 0, or train 'tiny'")
+    # one kernel for a tensor, where the default runs ten small ones
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98), fused=True)
+    loader = make_loader(
+        training, config.batch_size, shuffle=True, seed=config.seed, workers=config.workers, drop_last=True
+    )
+    if len(loader) == 0:
+        raise InputError(
+            f"{len(training)} training rows are fewer than one batch of {config.batch_size}: lower --batch-size"
+        )
+    model.set_checkpointing(config.checkpointing)
+    objective, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
+    step = torch.compile(objective) if config.compile else objective
+    meter = Meter(accelerator.device)
+    held = meter.reset()
+    average = AveragedModel(model, multi_avg_fn=_warm_average(config.ema_decay)) if config.ema_decay else None
+    best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    progress_state = Progression()
+    if checkpoint.exists():
+        progress_state = load_checkpoint(checkpoint, model, average, optimizer, best)
+        log.info("resumed after epoch %d", progress_state.epoch)
+
+    steps = math.ceil(len(loader) / config.accumulate)
+    stages = config.contrastive_epochs + config.epochs
+    schedule = _schedule(config, steps)
+    kept = model if average is None else cast(System, average.module)
+    with signals.steps(), rate_bar(console, "steps", accelerator.is_local_main_process) as bar:
+        task = bar.add_task("training", total=stages * len(loader), completed=progress_state.epoch * len(loader))
+        while progress_state.epoch < stages:
+            epoch = progress_state.epoch
+            if config.patience and epoch - progress_state.best_epoch >= config.patience and progress_state.best_epoch:
+                log.info("stopped: no better validation score for %d epochs", config.patience)
+                break
+            warm_start = epoch < config.contrastive_epochs
+            contrastive = warm_start or not model.uses_labels
+            started = time.perf_counter()
+            # all randomness of an epoch follows from (seed, epoch), so a resumed run repeats it
+            torch.manual_seed(config.seed * 1_000_003 + epoch)
+            training.side = _side(model, config, epoch)
+            meter.reset()
+            loader.set_epoch(epoch)
+            objective.train()
+            total = torch.zeros((), device=accelerator.device)
+            waited, asked = 0.0, time.perf_counter()
+            for batch in _until_stopped(loader):
+                waited += time.perf_counter() - asked
+                with accelerator.accumulate(objective):
+                    loss, report = step(batch, contrastive)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
+                        for group in optimizer.param_groups:
+                            group["lr"] = group["peak"] * schedule(progress_state.step)
+                        progress_state.step += 1
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if accelerator.sync_gradients and average is not None:
+                    average.update_parameters(model)
+                total += report
+                bar.advance(task)
+                signals.check()
+                asked = time.perf_counter()
+            train_loss = float(accelerator.reduce(total, "mean")) / len(loader)
+            train_seconds = time.perf_counter() - started
+            if not math.isfinite(train_loss):
+                raise InputError(
+                    f"training diverged in epoch {epoch + 1} (loss {train_loss}): lower the learning rates "
+                    "and start anew with --overwrite"
+                )
+            record = {
+                "epoch": epoch + 1,
+                "contrastive": float(contrastive),
+                "train_loss": train_loss,
+                "learning_rate": config.learning_rate * schedule(progress_state.step - 1),
+                "rows_per_second": len(loader) * config.batch_size * accelerator.num_processes / train_seconds,
+                "waiting_for_data": waited / train_seconds,
+            }
+            if held is not None and (peak := meter.peak()) is not None:
+                # with gradients, the optimizer's state and what the first batches leave behind
+                record["memory_per_row"] = max(0, peak - held) / config.batch_size
+            progress_state.epoch += 1
+            if not warm_start:
+                record |= validate(kept, validation, config, accelerator.device, target_precision)
+                score = record["score"]
+                # weights that have only seen small pictures are not yet what they are for
+                if training.side is None and score > progress_state.best_score:
+                    progress_state.best_score, progress_state.best_epoch = score, progress_state.epoch
+                    best = {name: tensor.clone() for name, tensor in kept.state_dict().items()}
+            progress_state.seconds += time.perf_counter() - started
+            progress_state.history.append(record)
+            log.info("%s", describe_epoch(record, stages))
+            if accelerator.is_main_process:
+                save_checkpoint(checkpoint, model, average, optimizer, best, progress_state)
+            signals.check()
+    model.load_state_dict(best)
+    merge_adapters(adapted)
+    return progress_state
+
+
+def _until_stopped(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a loader; a signal that has ended its processes too ends the run as it would have without them."""
+    try:
+        yield from loader
+    except RuntimeError:
+        signals.check()
+        raise
+
+
+def validate(
+    model: System, examples: Examples, config: TrainingConfig, device: torch.device, target_precision: float
+) -> dict[str, float]:
+    """Loss, score (the mean accuracy of the tasks) and each task's accuracy on the validation rows."""
+    result = classify(model, examples, config.batch_size, device)
+    record: dict[str, float] = {"validation_loss": result.loss()}
+    accuracies = []
+    for task, headline in result.headlines(target_precision).items():
+        record[f"accuracy/{task}"] = headline["accuracy"]
+        if headline["rows"]:
+            accuracies.append(headline["accuracy"])
+    record["score"] = sum(accuracies) / max(len(accuracies), 1)
+    return record
+
+
+def describe_epoch(record: dict[str, float], stages: int) -> str:
+    """One line for the log."""
+    parts = [f"epoch {int(record['epoch'])}/{stages}", f"loss {record['train_loss']:.3f}"]
+    if record["contrastive"]:
+        parts.insert(1, "contrastive")
+    if "validation_loss" in record:
+        parts.append(f"validation {record['validation_loss']:.3f}")
+    parts += [f"{k.removeprefix('accuracy/')} {v:.3f}" for k, v in record.items() if k.startswith("accuracy/")]
+    parts.append(f"{record['rows_per_second']:.0f} rows/s, {record['waiting_for_data']:.0%} waiting for data")
+    if "memory_per_row" in record:
+        parts.append(f"{record['memory_per_row'] / 2**20:.1f} MiB a row")
+    return "  ".join(parts)
+
+
+def parameter_groups(model: System, config: TrainingConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: towers, other towers with weights of their own, and new layers, with and without weight decay.
+
+    `peak` is the rate after warm-up.
+    """
+    towers = {name for name, _ in model.tower_parameters()}
+    rates = {"new": config.learning_rate, "tower": config.tower_learning_rate, "read": config.pretrained_learning_rate}
+    text, image = model.config.text_tower, model.config.image_tower
+    read: tuple[str, ...] = () if text is None else ("text_tower.text.transformer.",)
+    if isinstance(image, TimmImage) and image.read:
+        read += ("image_tower.visual.trunk.",)
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith(
+                ("positional_embedding", "class_embedding", "type_embedding", "cls_emb")
+            )
+            adapter = ".lora_" in name
+            kind = "tower" if name in towers and not adapter else "new"
+            if name.startswith(read) and not adapter:
+                kind = "read"
+            groups.setdefault((kind, decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "peak": rates[kind],
+            "lr": 0.0,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (kind, decays), parameters in groups.items()
+    ]
+
+
+def _side(model: System, config: TrainingConfig, epoch: int) -> int | None:
+    """Pixels a side of this epoch's training pictures; None is the model's own."""
+    epochs = config.contrastive_epochs + config.epochs
+    if epoch >= min(int(config.small_epochs * epochs), epochs - 1):
+        return None
+    return max(1, round(model.preprocessing.size / STRIDE * 2 / 3)) * STRIDE
+
+
+def _schedule(config: TrainingConfig, steps: int) -> Callable[[int], float]:
+    """Share of the peak rate at each step: linear warm-up, then a cosine; anew for the tasks after a warm start."""
+
+    def share(step: int) -> float:
+        first = config.contrastive_epochs * steps
+        length, position = (first, step) if step < first else (config.epochs * steps, step - first)
+        warm = max(1, int(config.warmup * length))
+        if position < warm:
+            return (position + 1) / warm
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (position - warm) / max(1, length - warm)))
+
+    return share
+
+
+def _warm_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Exponential moving average whose decay rises to `decay`, so that the first weights are soon forgotten."""
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        weight = 1 - min(decay, (1 + float(count)) / (10 + float(count)))
+        torch._foreach_lerp_(averaged, current, weight)
+
+    return update

@@ -1,0 +1,456 @@
+"""From a table to an artefact: reads, checks and splits the data, trains, measures, and writes the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.sparse import coo_array
+
+from cmaclip_fast.classifier.artifact import (
+    FILES,
+    LOG,
+    METRICS,
+    REPORT,
+    THRESHOLDS,
+    DataColumns,
+    check_replaceable,
+    load_config,
+    save_model,
+    versions,
+)
+from cmaclip_fast.classifier.explanation import explain
+from cmaclip_fast.data.check import RowPolicy, check_rows
+from cmaclip_fast.data.classes import class_names
+from cmaclip_fast.data.examples import Examples
+from cmaclip_fast.data.fingerprint import file_digest, fingerprint
+from cmaclip_fast.data.named import absolute
+from cmaclip_fast.data.split import split_table
+from cmaclip_fast.data.table import Table
+from cmaclip_fast.data.tokenizer import Tokenizer, TrainedTokenizer
+from cmaclip_fast.errors import InputError
+from cmaclip_fast.evaluation.evaluate import VIEWS, Classified, classify
+from cmaclip_fast.evaluation.metrics import TaskMetrics, micro_curve
+from cmaclip_fast.files import cannot, status_of, write_json
+from cmaclip_fast.pages.report import render_report
+from cmaclip_fast.pages.views import ReportView, TaskView
+from cmaclip_fast.progress import Console
+from cmaclip_fast.systems.base import System
+from cmaclip_fast.systems.build import build_system, system_config
+from cmaclip_fast.systems.registry import find_system
+from cmaclip_fast.training.checkpoint import Progression
+from cmaclip_fast.training.config import TINY_TRAINING, TrainingConfig
+from cmaclip_fast.training.log import log, log_file
+from cmaclip_fast.training.loop import fit
+from cmaclip_fast.working import WorkingFolder
+
+CHECKPOINT = "checkpoint.safetensors"
+
+GALLERY = 12
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What to train, on what, and where to put it.
+
+    Attributes:
+        table: all rows.
+        output: the artefact folder to make.
+        system: a name of `systems.systems()`, or of `systems.VARIANTS`.
+        model: `tiny` or an open_clip model name.
+        pretrained: an open_clip tag or a checkpoint; None for random weights.
+        model_options: fields of the system's `Config` that differ from the defaults.
+        training_options: fields of `TrainingConfig` that differ from the defaults.
+        split_column: where there is another than `split`.
+        on_bad_rows: what a bad row leads to (see `check_rows`).
+        target_precision: for thresholds and recall at a fixed precision.
+        overwrite: replace an existing output folder.
+        resume: go on from the checkpoint of a run towards `output` that did not end.
+        splits: the rows of `table` checked and split already, as `split_table` gives them; None does both.
+        report: write `report.html`.
+    """
+
+    table: Table
+    output: Path
+    system: str = "cma-clip"
+    model: str = "tiny"
+    pretrained: str | None = None
+    model_options: dict[str, Any] = field(default_factory=dict)
+    training_options: dict[str, Any] = field(default_factory=dict)
+    split_column: str | None = None
+    on_bad_rows: RowPolicy = "error"
+    target_precision: float = 0.9
+    overwrite: bool = False
+    resume: bool = False
+    splits: dict[str, Table] | None = None
+    report: bool = True
+
+    def config(self) -> TrainingConfig:
+        """The training configuration, checked.
+
+        Raises:
+            InputError: an unknown option or a value out of range.
+        """
+        base = TINY_TRAINING if self.model == "tiny" else TrainingConfig()
+        if self.model_options.get("image_tower") is not None:
+            base = base.model_copy(update={"small_epochs": 0.0})
+        try:
+            return TrainingConfig.model_validate({**base.model_dump(), **self.training_options})
+        except ValueError as error:
+            raise InputError(f"training options: {' '.join(str(error).split())}") from None
+
+
+@dataclass
+class Result:
+    """What a training run gave.
+
+    Attributes:
+        directory: the artefact.
+        metrics: what `metrics.json` holds: for each view of the test rows, each task's headline numbers.
+        seconds: spent in epochs.
+    """
+
+    directory: Path
+    metrics: dict[str, dict[str, dict[str, float]]]
+    seconds: float
+
+
+def train(run: TrainingRun, console: Console | None = None) -> Result:
+    """Trains a model and writes its artefact; see `TrainingRun`.
+
+    Raises:
+        InputError: bad options or data, found before training begins; an output folder that exists.
+    """
+    console = console or Console(stderr=True)
+    config = run.config()
+    system, chosen = find_system(run.system)
+    model_options = system_config(system, run.model, {**chosen, **run.model_options})
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("mixed precision fp16 needs a GPU: use no or bf16")
+    if not run.table.columns.tasks:
+        raise InputError(f"{run.table.name}: name at least one column of labels with --task")
+    _check_modalities(run, system, config)
+    _check_names(run)
+    precision = run.target_precision
+    with contextlib.ExitStack() as stack:
+        folder = WorkingFolder(run.output, "cmaclip train", "|".join(map(re.escape, (*FILES, CHECKPOINT))), CHECKPOINT)
+        stack.enter_context(folder.held())
+        complete = _check_output(run, folder)
+        if complete is not None:
+            console.print(f"{run.output} is complete already: nothing to resume")
+            return complete
+        stack.enter_context(folder.opened(run.resume, run.overwrite))
+        work = folder.path
+        stack.enter_context(log_file(work / LOG, console))
+        started = time.perf_counter()
+        tables, counts = _prepare(run, config)
+        classes = class_names(tables["train"], run.table.columns.tasks)
+        torch.manual_seed(config.seed)
+        tokenizer = _tokenizer(model_options, tables["train"])
+        model = build_system(system, model_options, classes, run.pretrained, tokenizer)
+        model.taxonomies = run.table.columns.taxonomies
+        folder.same_run(_settings(run, config, model, tables))
+        if folder.finished is not None:
+            folder.finish(folder.finished)
+            return _result(run.output)
+        examples = {
+            split: Examples(
+                table,
+                classes,
+                model.preprocessing,
+                model.tokenizer,
+                augmentation=config.augmentation if split == "train" else None,
+                seed=config.seed,
+                unknown="error" if split == "train" else "ignore",
+            )
+            for split, table in tables.items()
+        }
+        parameters = sum(p.numel() for p in model.parameters())
+        sizes = ", ".join(f"{split} {len(table)}" for split, table in tables.items())
+        log.info("data %s: %s rows; model %s: %.1f M parameters", run.table.name, sizes, run.model, parameters / 1e6)
+        if model.uses_labels or run.pretrained is None:
+            progression = fit(
+                model, examples["train"], examples["validation"], config, work / CHECKPOINT, console, precision
+            )
+        else:
+            progression = Progression()  # pretrained towers that learn from no label are taken as they are
+        for split, part in examples.items():
+            if part.truncated:
+                counts[f"truncated_text ({split})"] = part.truncated
+            for task, ignored in part.ignored.items():
+                if ignored:
+                    counts[f"class of {task} without training rows ({split})"] = ignored
+        if counts:
+            log.info("rows: %s", ", ".join(f"{kind} {number}" for kind, number in counts.items()))
+        log.info("best epoch %d of %d, %.0f s", progression.best_epoch, progression.epoch, progression.seconds)
+
+        model.eval()
+        metrics, answers, full = _measure(model, examples, config, run.target_precision, work, counts, progression)
+        columns = DataColumns(
+            image=run.table.columns.image,
+            text=run.table.columns.text,
+            tasks=list(run.table.columns.tasks),
+            split=run.split_column or run.table.columns.split,
+            image_dir=None if run.table.image_dir is None else str(run.table.image_dir.resolve()),
+            taxonomies=run.table.columns.taxonomies,
+        )
+        save_model(work, model, columns, absolute(run.table.name), config.model_dump(mode="json"))
+        seconds = time.perf_counter() - started
+        if run.report:
+            view = _report(
+                run, model, examples["test"], answers, full, metrics, progression, parameters, seconds, config
+            )
+            render_report(view, work / REPORT)
+        log.info("wrote %s", run.output)
+        folder.finish(True)
+    return Result(run.output, metrics, progression.seconds)
+
+
+def _check_modalities(run: TrainingRun, system: type[System], config: TrainingConfig) -> None:
+    """Whether the table has what the system is to learn from."""
+    has = (run.table.columns.text is not None, run.table.columns.image is not None)
+    if config.contrastive_epochs and not all(system.modalities):
+        raise InputError(f"contrastive epochs: '{run.system}' reads one modality alone: leave the epochs out")
+    if (config.contrastive_epochs or not system.uses_labels) and not all(has):
+        raise InputError("contrastive training needs pictures and texts: name both columns, or leave it out")
+    for reads, there, option in zip(system.modalities, has, ("--text", "--image"), strict=True):
+        if reads and not there and not all(system.modalities):
+            raise InputError(f"'{run.system}' reads nothing else: name a column with {option}")
+
+
+def _check_names(run: TrainingRun) -> None:
+    """Whether `config.json` can name where the data are, and the output can be made, before hours are spent."""
+    for path in (run.table.name, *filter(None, [run.table.image_dir])):
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{str(path)!a}: the name is not UTF-8: rename it") from None
+    status_of(run.output)
+    try:
+        run.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot("written", run.output, error) from error
+
+
+def _check_output(run: TrainingRun, folder: WorkingFolder) -> Result | None:
+    """Refuses to replace what is no artefact; gives the result of a run that is complete, when asked to resume it."""
+    if status_of(run.output) is None:
+        return None
+    if run.resume and not folder.path.exists() and (run.output / METRICS).is_file():
+        load_config(run.output)
+        return _result(run.output)
+    if not run.overwrite:
+        raise InputError(f"{run.output}: exists already: name another --output, or pass --overwrite to replace it")
+    check_replaceable(run.output, [*run.table.files, *filter(None, [run.table.image_dir])])
+    return None
+
+
+def _result(directory: Path) -> Result:
+    """What `metrics.json` of a finished run says, NaN where it has null."""
+    path = directory / METRICS
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        metrics = {
+            view: {
+                task: {name: math.nan if value is None else float(value) for name, value in numbers.items()}
+                for task, numbers in tasks.items()
+            }
+            for view, tasks in said["test"].items()
+        }
+        return Result(directory, metrics, float(said["seconds"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: is damaged: restore it, or train again with --overwrite") from None
+
+
+def _prepare(run: TrainingRun, config: TrainingConfig) -> tuple[dict[str, Table], dict[str, int]]:
+    """The checked rows, split; and how many rows were bad in what way."""
+    if run.splits is not None:
+        return run.splits, {}
+    counts: Counter[str] = Counter()
+    tables = {}
+    # split before rows are dropped, so that the same split can be made again whatever is done with bad rows
+    for split, part in split_table(run.table, split_column=run.split_column, seed=config.seed).items():
+        table, bad = check_rows(part, run.on_bad_rows) if len(part) else (part, {})
+        counts.update(bad)
+        tables[split] = table
+        if len(table) == 0:
+            raise InputError(f"{run.table.name}: no rows for split '{split}': add rows, or name another split column")
+    return tables, dict(counts)
+
+
+def _tokenizer(config: Any, table: Table) -> Tokenizer | None:
+    """For `tiny` a small vocabulary from the training texts; None leaves the named model, or text tower, its own."""
+    texts = [text for text in table.texts() if text is not None]
+    if config.name != "tiny" or config.text_tower is not None or not texts:
+        return None
+    return TrainedTokenizer.train(texts, vocab_size=8192, context_length=config.context_length or 32, min_frequency=1)
+
+
+def _settings(run: TrainingRun, config: TrainingConfig, model: System, tables: dict[str, Table]) -> dict[str, Any]:
+    """All that decides what a run ends in: a resumed run must have the same."""
+    rows = {split: fingerprint(table) for split, table in tables.items()}
+    return {
+        "data": absolute(run.table.name),
+        **{name: {split: of.get(name) for split, of in rows.items()} for name in rows["train"]},
+        "split column": run.split_column,
+        "system": model.system,
+        "pretrained": run.pretrained,
+        "pretrained weights": _weights_digests(run),
+        "target_precision": run.target_precision,
+        "model": model.config.model_dump(mode="json"),
+        "training": config.model_dump(mode="json", exclude={"workers"}),  # which changes the speed alone
+        "tasks": model.tasks,
+        "versions": {name: number for name, number in versions().items() if name != "python"},
+    }
+
+
+def _weights_digests(run: TrainingRun) -> list[str]:
+    """Of the files that the model's towers start from."""
+    text, image = (run.model_options.get(name) for name in ("text_tower", "image_tower"))
+    paths = [Path(name) for name in (run.pretrained, str(image).partition(":")[2]) if name]
+    if isinstance(text, str | Path) and Path(text).is_dir():
+        paths += sorted(Path(text).iterdir())
+    return [file_digest(path) for path in paths if path.is_file()]
+
+
+def _measure(
+    model: System,
+    examples: dict[str, Examples],
+    config: TrainingConfig,
+    target: float,
+    work: Path,
+    counts: dict[str, int],
+    progression: Progression,
+) -> tuple[dict[str, dict[str, dict[str, float]]], Classified, dict[str, TaskMetrics]]:
+    """Measures the test rows in every view, sets thresholds on the validation rows, writes both as JSON.
+
+    Returns:
+        The headline numbers of every view; of the whole view the answers and all metrics.
+    """
+    device = next(model.parameters()).device
+
+    def whole(split: str) -> Classified:
+        return classify(model, examples[split], config.batch_size, device, with_probabilities=True)
+
+    validation = whole("validation").metrics(target)
+    thresholds = {
+        task: {
+            "target_precision": target,
+            "task": m.threshold,
+            "classes": dict(zip(model.tasks[task], m.class_threshold, strict=True)),
+        }
+        for task, m in validation.items()
+    }
+    write_json(work / THRESHOLDS, thresholds)
+    both = whole("test")
+    full = both.metrics(target)
+    both.probabilities.clear()  # with thousands of classes they take much memory
+    metrics = {"both": {task: m.headline() for task, m in full.items()}}
+    for view in VIEWS:
+        if view not in metrics:
+            metrics[view] = classify(model, examples["test"], config.batch_size, device, view).headlines(target)
+    record = {
+        "target_precision": target,
+        "test": metrics,
+        "validation": {task: m.headline() for task, m in validation.items()},
+        "modality_weights": mean_weights(both),
+        "history": progression.history,
+        "best_epoch": progression.best_epoch,
+        "seconds": progression.seconds,
+        "counts": counts,
+        "classes": {task: m.per_class(model.tasks[task]) for task, m in full.items()},
+    }
+    write_json(work / METRICS, record)
+    return metrics, both, full
+
+
+def mean_weights(answers: Classified) -> dict[str, dict[str, float]] | None:
+    """For each task the mean weights of text and image over the rows that have both."""
+    if answers.weights is None:
+        return None
+    both = answers.present.all(1)
+    if not both.any():
+        return None
+    means = {task: weights[both].mean(0).tolist() for task, weights in answers.weights.items()}
+    return {task: {"text": text, "image": image} for task, (text, image) in means.items()}
+
+
+def _report(
+    run: TrainingRun,
+    model: System,
+    test: Examples,
+    answers: Classified,
+    full: dict[str, TaskMetrics],
+    metrics: dict[str, dict[str, dict[str, float]]],
+    progression: Progression,
+    parameters: int,
+    seconds: float,
+    config: TrainingConfig,
+) -> ReportView:
+    right, wrong = gallery_rows(answers)
+    names = {"both": "test", "text alone": "test, text alone", "image alone": "test, image alone"}
+    return ReportView(
+        title=f"{model.title} on {Path(run.table.name).name}",
+        summary={
+            "model": f"{run.model}, {parameters / 1e6:.1f} M parameters",
+            "data": f"{run.table.name}, {len(run.table)} rows",
+            "best epoch": f"{progression.best_epoch} of {progression.epoch}",
+            "seed": str(config.seed),
+            "training": f"{progression.seconds / 60:.1f} min",
+            "in all": f"{seconds / 60:.1f} min",
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
+            + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+            "torch": torch.__version__,
+        },
+        history=progression.history,
+        splits={names[view]: tasks for view, tasks in metrics.items()},
+        tasks=[_task_view(model, task, m, answers) for task, m in full.items()],
+        right=explain(model, test.table.select(right)),
+        wrong=explain(model, test.table.select(wrong)),
+        target_precision=run.target_precision,
+    )
+
+
+def _task_view(model: System, task: str, metrics: TaskMetrics, answers: Classified) -> TaskView:
+    precision, recall = micro_curve(answers.confidence[task], answers.predicted[task], answers.labels[task])
+    return TaskView(
+        name=task,
+        classes=model.tasks[task],
+        metrics=metrics.headline(),
+        per_class=metrics.per_class(model.tasks[task]),
+        confusion=coo_array(
+            (metrics.confusion.values().numpy(), metrics.confusion.indices().numpy()), shape=metrics.confusion.shape
+        ),
+        weights=None if answers.weights is None else answers.weights[task].numpy(),
+        precision_curve=precision.numpy(),
+        recall_curve=recall.numpy(),
+    )
+
+
+def gallery_rows(answers: Classified, number: int = GALLERY) -> tuple[list[int], list[int]]:
+    """Rows to show: right in every task, and wrong in at least one, each the surest half and a spread of the rest."""
+    surest = torch.stack(list(answers.confidence.values())).mean(0)
+    wrong = torch.zeros(len(surest), dtype=torch.bool)
+    labelled = torch.zeros(len(surest), dtype=torch.bool)
+    for task, predicted in answers.predicted.items():
+        labels = answers.labels[task]
+        labelled |= labels >= 0
+        wrong |= (labels >= 0) & (predicted != labels)
+
+    def pick(mask: torch.Tensor) -> list[int]:
+        rows = mask.nonzero().flatten()
+        ordered = rows[surest[rows].argsort(descending=True)]
+        head, rest = ordered[: number // 2], ordered[number // 2 :]
+        step = max(1, len(rest) // max(1, number - len(head)))
+        return torch.cat([head, rest[::step][: number - len(head)]]).tolist()
+
+    return pick(labelled & ~wrong), pick(wrong)
