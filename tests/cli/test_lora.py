@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cmaclip_fast import fitting
-from cmaclip_fast.artifact import load_model
+from cmaclip_fast.classifier.artifact import load_model
 from cmaclip_fast.systems.base import System
+from cmaclip_fast.training import loop as fitting
 
 from .conftest import COLUMNS, QUICK, Done, write_data
 
