@@ -313,6 +313,9 @@ class ClipTextTower(nn.Module):
 
     def _dense(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """All positions, `[B, L', W]`, for a tower that reads its padding."""
+        if tokens.shape[0] == 0:  # attention of PyTorch cannot tell the shape of a mask for no rows
+            dense, counts = self._dense(tokens.new_zeros(1, tokens.shape[1]), lengths.new_ones(1))
+            return dense[:0], counts[:0]
         x, mask = self.text._embeds(tokens)
         x = self.text.ln_final(run_dense(self.text.transformer, x, mask))
         if self.text.cls_emb is not None:
