@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.nn.layers import Layer, Queries, Rows, has_fused_projection, layer_of, run_layers
 from cmaclip_fast.nn.plain import can_be_packed, classes_are_plain, has_own_methods, is_norm, stock_class
-from cmaclip_fast.nn.towers import layers_of, pack_dense, run_dense_layers
+from cmaclip_fast.nn.towers import embed_images, layers_of, pack_dense, run_dense_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -146,6 +146,9 @@ class AcceleratedVisionTransformer(_Accelerated, VisionTransformer):
 
     _cmaclip_stock = VisionTransformer
 
+    def _embeds(self, x: Tensor) -> Tensor:
+        return embed_images(super()._embeds, x)
+
     def forward(self, x: Tensor) -> Tensor:
         fits = _pools_first(self) and not has_own_methods(self)
         layers = layers_of(self.transformer, x, self.ln_post) if fits else None
@@ -184,7 +187,8 @@ class AcceleratedTransformerEncoder(_Accelerated, nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         """`src [B, N, D]` -> `[B, N, D]`."""
-        padding = src_key_padding_mask
+        # a mask of no rows says nothing, and PyTorch cannot tell its shape
+        padding = src_key_padding_mask if src.shape[0] else None
         layers = None if mask is not None or is_causal else self._layers(src, padding)
         if layers is None:
             return super().forward(src, mask, padding, is_causal)

@@ -8,6 +8,7 @@ again from what went into them.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from cmaclip_fast.nn.plain import (
     acts_on_tokens,
     is_activation,
     is_attention,
+    is_attention_of_peft,
     is_linear,
     is_low_rank_attention,
     is_norm,
@@ -137,15 +139,17 @@ class Layer:
     def _attend(self, x: Tensor, rows: Rows, causal: bool, queries: Queries | None, norm: nn.Module | None) -> Tensor:
         """`x` plus what attention makes of it."""
         weight, bias = self.qkv
+        width = x.shape[1]
+        heads = self.heads, width // self.heads
         if queries is None:
-            of_queries, heads = rows, (3, self.heads, -1)
-            q, k, v = recomputing_linear(norm, x, weight, bias).view(len(x), *heads).unbind(1)
+            of_queries = rows
+            q, k, v = recomputing_linear(norm, x, weight, bias).view(len(x), 3, *heads).unbind(1)
         else:
-            of_queries, width = queries.rows, x.shape[1]
+            of_queries = queries.rows
             biases = (None, None) if bias is None else (bias[:width], bias[width:])
             tokens = x if norm is None else norm(x)
-            k, v = linear(tokens, weight[width:], biases[1]).view(len(x), 2, self.heads, -1).unbind(1)
-            q = linear(tokens[queries.index], weight[:width], biases[0]).unflatten(1, (self.heads, -1))
+            k, v = linear(tokens, weight[width:], biases[1]).view(len(x), 2, *heads).unbind(1)
+            q = linear(tokens[queries.index], weight[:width], biases[0]).unflatten(1, heads)
             x = x[queries.index]
         attended, _ = packed_attention(
             *(q, k, v, of_queries.cu_seqlens, rows.cu_seqlens, of_queries.longest, rows.longest), causal=causal
@@ -236,7 +240,7 @@ def _of_torch(block: Any) -> Layer | None:
     # PyTorch reads the weights of these two in evaluation, whatever they are
     if not is_linear(block.linear1) or not is_linear(block.linear2):
         return None
-    if not all(is_plain(drop, nn.Dropout) for drop in drops) or is_low_rank_attention(block.self_attn):
+    if not all(is_plain(drop, nn.Dropout) for drop in drops) or is_attention_of_peft(block.self_attn):
         return None
     inside, after_attention, after_mlp = (drop if drop.training and drop.p else None for drop in drops)
     return _layer(
@@ -264,8 +268,8 @@ def _layer(
     **after: Callable[[Tensor], Tensor] | None,
 ) -> Layer | None:
     """The layer of these parts, or None where one of them is not what it has to be."""
-    low_rank = is_low_rank_attention(attention)
-    if not low_rank and not is_attention(attention):
+    of_peft = is_attention_of_peft(attention)
+    if not of_peft and not is_attention(attention):
         return None
     if not has_fused_projection(attention) or (attention.training and attention.dropout):
         return None
@@ -274,7 +278,9 @@ def _layer(
     products = [weights_of(module) for module in (expand, contract)]
     if not all(isinstance(product, Weights) or acts_on_tokens(product) for product in products):
         return None
-    read = _merged(attention) if low_rank else _read(attention)
+    read = _merged(attention) if of_peft else _read(attention)
+    if read is None:
+        return None
     weights = [*read, *(product for product in products if isinstance(product, Weights))]
     if not all(is_ordinary(*part) for part in weights):
         return None
@@ -303,14 +309,28 @@ def _read(attention: Any) -> tuple[Weights, Weights]:
     return qkv, Weights(attention.out_proj.weight, attention.out_proj.bias)
 
 
-def _merged(attention: Any) -> tuple[Weights, Weights]:
+_MERGING = threading.Lock()
+"""Held while peft's attention is merged, which changes the module: no other thread may find it so."""
+
+
+def _merged(attention: Any) -> tuple[Weights, Weights] | None:
     """The projections with the adapters of peft's `lora.MultiheadAttention`, merged for a moment as it does itself."""
-    attention.merge(adapter_names=[name for name in attention.active_adapters if name in attention.lora_A])
-    try:
-        return _read(attention.base_layer)
-    finally:
-        if attention.merged:
-            attention.unmerge()
+    with _MERGING:
+        if not is_low_rank_attention(attention):
+            return None
+        base = attention.base_layer
+        out = base.out_proj.base_layer
+        before = (base, "in_proj_weight", base.in_proj_weight), (out, "weight", out.weight)
+        try:
+            attention.merge(adapter_names=[name for name in attention.active_adapters if name in attention.lora_A])
+            return _read(base)
+        finally:
+            # `unmerge` would subtract the adapters from copies of the weights, which so drift by rounding
+            for layer in (attention, base.out_proj):
+                layer.merged_adapters.clear()
+            for module, name, weight in before:
+                delattr(module, name)
+                module.register_parameter(name, weight)
 
 
 Runs = Callable[[Tensor, Rows, bool, Queries | None], Tensor]

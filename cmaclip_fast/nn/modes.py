@@ -38,11 +38,13 @@ def evaluation_copy(
                 memo[id(value)] = value
         for hook in [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]:
             memo[id(hook)] = hook
-    for parameter in module.parameters():
-        moved = _moved(parameter, device, dtype)
-        memo[id(parameter)] = parameter if moved is parameter else nn.Parameter(moved.detach(), requires_grad=False)
+    # parameters come last and are held: peft's attention registers new ones whenever its modules are listed
     for buffer in module.buffers():
         memo[id(buffer)] = _moved(buffer, device, dtype)
+    parameters = list(module.parameters())
+    for parameter in parameters:
+        moved = _moved(parameter, device, dtype)
+        memo[id(parameter)] = parameter if moved is parameter else nn.Parameter(moved.detach(), requires_grad=False)
     return copy.deepcopy(module, memo).eval()
 
 

@@ -166,10 +166,15 @@ def _is_low_rank_linear(module: Any) -> bool:
     )
 
 
+def is_attention_of_peft(module: object) -> bool:
+    """Whether a module is peft's `lora.MultiheadAttention`, in whatever state."""
+    return _is_of_peft(module, "MultiheadAttention")
+
+
 def is_low_rank_attention(module: Any) -> bool:
     """Whether a module is peft's `lora.MultiheadAttention` over a plain one, with adapters that are in use."""
     return (
-        _is_of_peft(module, "MultiheadAttention")
+        is_attention_of_peft(module)
         and is_bare(module)
         and is_plain(module.base_layer, nn.MultiheadAttention)
         and _is_low_rank_linear(module.base_layer.out_proj)

@@ -7,6 +7,7 @@ A causal tower computes nothing after a text's end; one that reads its padding a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -98,7 +99,7 @@ class ViTImageTower(nn.Module):
         self.grid = visual.grid_size if visual.attn_pool is None else None
 
     def forward(self, images: Tensor) -> Tensor:
-        x = run_dense(self.visual.transformer, self.visual._embeds(images))
+        x = run_dense(self.visual.transformer, embed_images(self.visual._embeds, images))
         pooled, tokens = self.visual._pool(x)
         if self.visual.final_ln_after_pool and self.visual.attn_pool is None:
             tokens = self.visual.ln_post(tokens)
@@ -111,7 +112,7 @@ class ViTImageTower(nn.Module):
         layers = layers_of(visual.transformer, images, visual.ln_post)
         if layers is None:
             return self(images)[:, 0]
-        x = visual._embeds(images)
+        x = embed_images(visual._embeds, images)
         rows = Rows.equal(len(x), x.shape[1], x.device)
         first = Queries.one_per_row(rows.starts.long())
         checkpointing = visual.transformer.grad_checkpointing
@@ -119,6 +120,13 @@ class ViTImageTower(nn.Module):
 
     def project(self, global_token: Tensor) -> Tensor:
         return global_token if self.visual.proj is None else global_token @ self.visual.proj
+
+
+def embed_images(embed: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """`embed(images)` with open_clip's `_embeds`, which cannot tell the shape of what no image becomes."""
+    if images.shape[0] == 0:
+        return embed(images.new_zeros(1, *images.shape[1:]))[:0]
+    return embed(images)
 
 
 def layers_of(
@@ -305,6 +313,9 @@ class ClipTextTower(nn.Module):
 
     def _dense(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """All positions, `[B, L', W]`, for a tower that reads its padding."""
+        if tokens.shape[0] == 0:  # attention of PyTorch cannot tell the shape of a mask for no rows
+            dense, counts = self._dense(tokens.new_zeros(1, tokens.shape[1]), lengths.new_ones(1))
+            return dense[:0], counts[:0]
         x, mask = self.text._embeds(tokens)
         x = self.text.ln_final(run_dense(self.text.transformer, x, mask))
         if self.text.cls_emb is not None:

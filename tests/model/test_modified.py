@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import classic
-from open_clip.transformer import ResidualAttentionBlock, Transformer
+from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
 from test_dropin import LENGTHS, encoder, gradients, inputs, tokens_of_mlps
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
@@ -241,7 +241,7 @@ OF_OPEN_CLIP: dict[str, Callable[[Host], Any]] = {
     "hook on the activation": lambda at: at.blocks[0].mlp.gelu.register_forward_hook(lambda m, x, y: y * 1.5),
     "in-place activation": lambda at: setattr(at.blocks[0].mlp, "gelu", nn.ReLU(inplace=True)),
     "norm over the batch": lambda at: setattr(
-        at.blocks[0], "ls_1", nn.BatchNorm1d(12 if at.tower is at.model else 10).double()
+        at.blocks[0], "ls_1", nn.BatchNorm1d(10 if isinstance(at.tower, VisionTransformer) else 12).double()
     ),
     "hook on the transformer": lambda at: at.tower.transformer.register_forward_hook(lambda m, x, y: y + y.flip(-1)),
     "own forward of the transformer": lambda at: setattr(
@@ -269,7 +269,7 @@ OF_IMAGE = {
     "pooling by mean": lambda at: setattr(at.model.visual, "pool_type", "avg"),
 }
 OF_TEXT = {
-    f"hook on {name}": lambda at, name=name: getattr(at.model, name).register_forward_hook(
+    f"hook on {name}": lambda at, name=name: getattr(at.tower, name).register_forward_hook(
         lambda m, x, y: at.calls.append(shapes((*x, y))) or y + y.flip(-1)
     )
     for name in ("token_embedding", "ln_final")
@@ -278,7 +278,7 @@ OF_TEXT = {
         at.model, "encode_text", lambda text: at.model.positional_embedding[:4, :40] * 2
     ),
     "pooling the first": lambda at: setattr(at.model, "text_pool_type", "first"),
-    "another embedding": lambda at: setattr(at.model, "token_embedding", Flipped(at.model.token_embedding)),
+    "another embedding": lambda at: setattr(at.tower, "token_embedding", Flipped(at.tower.token_embedding)),
 }
 
 
