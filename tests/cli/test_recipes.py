@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from cmaclip_fast.cli import app as cli
+from cmaclip_fast.cli.options import parse_options
 from cmaclip_fast.data.named import PUBLIC
 from cmaclip_fast.systems.build import system_config
 from cmaclip_fast.systems.cma_clip import CMACLIP
@@ -38,7 +39,7 @@ def test_there_is_one_for_each_public_set() -> None:
 def test_ours_are_valid(path: Path) -> None:
     options = read_recipe(path, _parameters())
     assert (options["model"], options["pretrained"]) in open_clip.list_pretrained()
-    model, training = cli._options(options["option"], ["cma-clip"])
+    model, training = parse_options(options["option"], ["cma-clip"])
     system_config(CMACLIP, options["model"], model)
     names = set(TrainingConfig.model_fields) & set(options)
     TrainingConfig.model_validate({**training, **{name: options[name] for name in names}})

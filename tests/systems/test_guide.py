@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import cmaclip_fast.systems as package
 from cmaclip_fast import Classifier, InputError
+from cmaclip_fast.systems import registry
 from cmaclip_fast.systems.registry import VARIANTS, systems
 
 from ..cli.conftest import COLUMNS, Done, cmaclip, write_data
@@ -30,11 +31,11 @@ def gmu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     folder.mkdir()
     (folder / "gmu.py").write_text(code, encoding="utf-8")
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
-    package._read_all.cache_clear()
+    registry._read_all.cache_clear()
     yield "gmu"
-    package._REGISTERED.pop("gmu", None)
+    registry._REGISTERED.pop("gmu", None)
     sys.modules.pop("cmaclip_fast.systems.gmu", None)
-    package._read_all.cache_clear()
+    registry._read_all.cache_clear()
 
 
 def test_the_example_trains_and_comes_back(gmu: str, cmaclip: Callable[..., Done], tmp_path: Path) -> None:
