@@ -109,7 +109,7 @@ def straight_to_cpp(backend: str | None, *tensors: Tensor) -> bool:
         return False
     if decided(requested(backend)) not in ("auto", "cpp") or extension_missing() is not None:
         return False
-    return all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors)
+    return tensors[0].dtype in _DTYPES["cpp"] and all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors)
 
 
 def decided(backend: str) -> str:
