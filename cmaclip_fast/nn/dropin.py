@@ -187,8 +187,8 @@ class AcceleratedTransformerEncoder(_Accelerated, nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         """`src [B, N, D]` -> `[B, N, D]`."""
-        # a mask of no rows says nothing, and PyTorch cannot tell its shape
-        padding = src_key_padding_mask if src.shape[0] else None
+        # a mask of no tokens says nothing, and PyTorch cannot tell its shape
+        padding = src_key_padding_mask if src.numel() else None
         layers = None if mask is not None or is_causal else self._layers(src, padding)
         if layers is None:
             return super().forward(src, mask, padding, is_causal)

@@ -168,6 +168,18 @@ def test_compile() -> None:
     torch.testing.assert_close(torch.compile(stack, backend="aot_eager")(x, src_key_padding_mask=padding), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_inference_in_other_precisions(dtype: torch.dtype) -> None:
+    model = classic("ViT-B-32").eval()
+    images, tokens = inputs(model)
+    with torch.inference_mode():
+        expected = features(model, images, tokens)
+        accelerate(model.to(dtype))
+        for a, b in zip(features(model, images.to(dtype), tokens), expected, strict=True):
+            assert a.dtype == dtype
+            assert (a - b).norm() <= {torch.float64: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype] * b.norm()
+
+
 def test_autocast_and_activation_checkpointing() -> None:
     model = classic("ViT-B-32")
     batch = inputs(model)

@@ -163,33 +163,26 @@ def test_a_step_of_training_with_peft(kind: str, order: str) -> None:
         if at is fast and order == "accelerated before":
             accelerate(at.model)
         torch.manual_seed(1)
-        # c_proj is left to another test: with it each linear module of a block is adapted
-        config = peft.LoraConfig(r=3, target_modules=["attn", "c_fc"], init_lora_weights=False)
+        config = peft.LoraConfig(r=3, target_modules=["attn", "c_fc", "c_proj"], init_lora_weights=False)
         tuned.append(peft.get_peft_model(at.tower, config))
         if at is fast and order == "accelerated after":
             accelerate(tuned[1])
-    assert is_accelerated(tuned[1])
-    outputs = [results(stock)[0]]
+    start = stock.run()
     for _ in range(2):
-        for at in (stock, fast):
-            torch.optim.SGD([p for p in at.model.parameters() if p.requires_grad], lr=0.1).zero_grad()
         expected, found = results(stock), results(fast)
         assert_same(found, expected)
-        assert expected[1] and all("lora_" in name or kind == "text" or "visual" not in name for name in expected[1])
+        assert any("lora_" in name for name in expected[1])
         for at in (stock, fast):
             torch.optim.SGD([p for p in at.model.parameters() if p.requires_grad], lr=0.1).step()
-    outputs.append(results(stock)[0])
-    assert difference((outputs[1], {}), (outputs[0], {})) > 1e-3
+    trained = stock.run()
+    assert difference((trained, {}), (start, {})) > 1e-3
     for change in ("merge_adapter", "unmerge_adapter"):
-        for model in tuned:
-            getattr(model, change)()
+        getattr(tuned[1], change)()
+        assert_same((fast.run(), {}), (trained, {}))
+    with tuned[0].disable_adapter(), tuned[1].disable_adapter():
         assert_same((fast.run(), {}), (stock.run(), {}))
-        assert_same((fast.run(), {}), (outputs[1], {}))
-    for model in tuned:
-        with model.disable_adapter():
-            assert_same((fast.run(), {}), (host(kind).run(), {}))
-        model.merge_and_unload()
-    assert_same((fast.run(), {}), (outputs[1], {}))
+    tuned[1].merge_and_unload()
+    assert_same((fast.run(), {}), (trained, {}))
     assert is_accelerated(fast.model)
 
 
