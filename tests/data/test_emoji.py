@@ -6,6 +6,7 @@ import collections
 import hashlib
 import json
 import shutil
+import statistics
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -271,7 +272,11 @@ def test_modality_weights_show_what_the_text_tells(real: Path, tmp_path: Path) -
     metrics = train(run).metrics
     written = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["modality_weights"]
     text = {task: weights["text"] for task, weights in written.items()}
-    assert text["category"] > text["vendor"] + 0.1 and text["category"] > text["tone"] + 0.1, text
+    # a name says what is drawn, not by whom or in which tone; of four seeds the means are 0.36 apart or more
+    told, not_told = (
+        [text[task] for task in tasks] for tasks in (("category", "subcategory", "gender"), ("tone", "vendor"))
+    )
+    assert statistics.fmean(told) > statistics.fmean(not_told) + 0.2 and min(told) > text["tone"] + 0.1, text
     assert metrics["text alone"]["category"]["accuracy"] > 0.7, "else the weights would tell nothing"
     assert metrics["image alone"]["tone"]["accuracy"] > 2 / 6
     assert metrics["text alone"]["tone"]["accuracy"] == pytest.approx(1 / 6, abs=0.05)
