@@ -15,7 +15,7 @@ import torch
 
 from cmaclip_fast.classifier.artifact import load_model
 from cmaclip_fast.systems.base import System
-from cmaclip_fast.training.run import loop as fitting
+from cmaclip_fast.training import loop as fitting
 
 from .conftest import COLUMNS, QUICK, Done, write_data
 
