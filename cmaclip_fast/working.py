@@ -140,7 +140,7 @@ class WorkingFolder:
         return self._note.get("finished")
 
     def same_run(self, settings: dict[str, Any]) -> None:
-        """Notes what a run is made with; on resuming, refuses to go on with anything else.
+        """Notes what a run is made with; on resuming, refuses anything else.
 
         Raises:
             InputError: it was begun with other settings.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from benchmarks.accuracy import TARGETS, markdown
 from benchmarks.towers import IMAGE_TOWER, renamed
 from cmaclip_fast.ops import available_backends
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "operators.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "operators.py"
 
 
 @pytest.mark.skipif(available_backends()["cpp"] is not None, reason="the extension is not built")
@@ -71,3 +73,11 @@ def test_weights_under_other_names_are_taken_in_order_or_refused():
     assert all(torch.equal(found[name], tensor + 1) for name, tensor in expected.items())
     with pytest.raises(ValueError, match="stands where"):
         renamed({parts[name]: expected[name] for name in reversed(expected)})
+
+
+@pytest.mark.slow
+def test_reliability_counts_what_is_tried(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "reliability.md"
+    copy = shutil.copy(page, tmp_path)
+    subprocess.run([sys.executable, "-m", "benchmarks.reliability", copy], cwd=ROOT, check=True)
+    assert Path(copy).read_text() == page.read_text(), "run make reliability"

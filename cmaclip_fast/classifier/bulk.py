@@ -70,7 +70,7 @@ class BulkRun:
         device: of the model; None takes a GPU if there is one.
         engine: `local` works in this process; `ray` on the Ray cluster that RAY_ADDRESS names, or on this machine.
         workers: models side by side under `ray`; None is one for each GPU, or for each machine.
-        resume: go on with a run towards `output` that did not end.
+        resume: continue an interrupted run towards `output`.
         overwrite: replace a file, or drop an unfinished run, that is there.
     """
 
@@ -163,7 +163,7 @@ class Labeller:
 def predict_table(bulk: BulkRun, tasks: dict[str, list[str]], console: Console | None = None) -> dict[str, int]:
     """Labels every row of a table and writes them as Parquet, whole or not at all.
 
-    What is labelled is kept in `OUTPUT.partial` until all is, so that a run that did not end is gone on with.
+    Finished parts are kept in `OUTPUT.partial` until all are, so that an interrupted run can be resumed.
 
     Args:
         tasks: the model's.
@@ -174,7 +174,7 @@ def predict_table(bulk: BulkRun, tasks: dict[str, list[str]], console: Console |
 
     Raises:
         InputError: a bad row, or none that can be used; a key column with the name of an output column; a file, or an
-            unfinished run, that is there already, or none to go on with.
+            unfinished run, that is there already, or none to resume.
     """
     table = bulk.table
     keys = table.key_columns()

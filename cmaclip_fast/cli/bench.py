@@ -13,18 +13,23 @@ from cmaclip_fast.errors import one_line
 
 
 def bench(
-    output: Annotated[Path, typer.Option(help="Folder of page, numbers and picture.")] = Path("runs/bench"),
-    quick: Annotated[bool, typer.Option("--quick", help="Three minutes instead of 45.")] = False,
+    output: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/bench"),
+    quick: Annotated[bool, typer.Option("--quick", help="Takes three minutes instead of 45.")] = False,
     only: Annotated[
-        str, typer.Option(help="Only what has this in its name; after a `/`, only systems with that in theirs.")
+        str,
+        typer.Option(
+            help="Run only benchmarks whose name contains this; after a `/`, only systems whose name contains that."
+        ),
     ] = "",
     device: DeviceOption = "cpu",
     dtype: Annotated[str | None, typer.Option(help="`float32`, `bfloat16` [on a GPU], `float16`.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU [PyTorch's choice].")] = None,
-    floors: Annotated[Path | None, typer.Option(help="File of floors: a ratio below its floor fails the run.")] = None,
-    record: Annotated[bool, typer.Option("--record", help="Set the floors by this run instead.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: PyTorch's choice].")] = None,
+    floors: Annotated[
+        Path | None, typer.Option(help="JSON file of minimum speed ratios; a lower ratio fails the run.")
+    ] = None,
+    record: Annotated[bool, typer.Option("--record", help="Write the minimum ratios from this run instead.")] = False,
 ) -> None:
-    """Time the model against what people run today: the plain implementation, torch.compile, transformers, ONNX.
+    """Benchmark the model against a plain implementation, torch.compile, transformers, ONNX Runtime and OpenVINO.
 
     Example: `cmaclip bench --quick`
 

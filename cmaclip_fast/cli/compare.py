@@ -31,51 +31,57 @@ from cmaclip_fast.signals import exit_code
 
 
 def compare(
-    data: Annotated[list[str], typer.Option(help="As for `train`; repeat for several data sets.")],
-    output: Annotated[
-        Path, typer.Option(help="The folder for records and the page; an interrupted one is gone on with.")
-    ],
-    systems: Annotated[str | None, typer.Option(help="Names, with commas; the first is tested against.")] = None,
-    seeds: Annotated[str, typer.Option(help="Numbers, with commas; at least two give deviations.")] = "0,1,2",
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer rows, small pictures, a short training.")] = False,
+    data: Annotated[list[str], typer.Option(help="As for `train`. Repeat for several data sets.")],
+    output: Annotated[Path, typer.Option(help="Output folder. Finished runs in it are reused.")],
+    systems: Annotated[
+        str | None, typer.Option(help="Comma-separated systems; the others are tested against the first.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds; two or more give standard deviations.")] = "0,1,2",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rows, small images, short training.")] = False,
     image: ImageOption = None,
     text: TextOption = None,
     task: TaskOption = None,
     model: Annotated[str, typer.Option(help="Towers of all systems: `tiny`, or an open_clip model name.")] = "tiny",
-    pretrained: Annotated[str | None, typer.Option(help="An open_clip tag, or a checkpoint file.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="open_clip pretrained tag, or a checkpoint file.")] = None,
     text_tower: TextTowerOption = None,
     image_tower: ImageTowerOption = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training rows, the same for all.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="At most so many training rows.")] = None,
-    test_rows: Annotated[int | None, typer.Option(min=1, help="At most so many test rows.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Training epochs, the same for all systems.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Maximum training rows.")] = None,
+    test_rows: Annotated[int | None, typer.Option(min=1, help="Maximum test rows.")] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=VALUE of `TrainingConfig`, or of the systems that have it, such as `depth=2`; repeat."),
+        typer.Option(
+            help="NAME=VALUE for `TrainingConfig`, or for systems that have the field, such as `depth=2`. Repeatable."
+        ),
     ] = None,
     attempt: Annotated[
         list[str] | None,
-        typer.Option("--try", help="NAME=VALUE,…: a setting to try; repeat. The best by validation is taken."),
+        typer.Option(
+            "--try", help="Setting to try, NAME=VALUE,…; the best one on the validation rows is used. Repeatable."
+        ),
     ] = None,
     training_noise: Annotated[
-        str | None, typer.Option(help="KIND:LEVEL, damage to the training rows, as for `evaluate --noise`.")
+        str | None, typer.Option(help="Noise to add to the training rows, as for `evaluate --noise`.")
     ] = None,
     train_on: Annotated[
-        str | None, typer.Option(help="COLUMN=VALUE: train on these rows alone, such as `language=en`; test on all.")
+        str | None, typer.Option(help="Train only on rows where COLUMN=VALUE, such as `language=en`; test on all.")
     ] = None,
-    by: Annotated[str | None, typer.Option(help="Column whose values are also measured one by one.")] = None,
-    precision: Annotated[float, typer.Option(min=0.01, max=1.0, help="Target of recall at a precision.")] = 0.9,
+    by: Annotated[str | None, typer.Option(help="Also report metrics for each value of this column.")] = None,
+    precision: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Target precision for thresholds and recall.")
+    ] = 0.9,
     image_dir: ImageDirOption = None,
     split_column: SplitColumnOption = None,
     on_bad_rows: BadRowsOption = BadRows.error,
     max_image_pixels: PixelsOption = MAX_PIXELS,
     keep_models: Annotated[
-        bool, typer.Option("--keep-models", help="Keep each run's folder, with its report.")
+        bool, typer.Option("--keep-models", help="Keep each run's model folder with its report.")
     ] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, each on its share of the cores.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Parallel runs; they share the CPU cores.")] = 1,
 ) -> None:
-    """Compare systems on data sets, with the same towers and training for all: tables, tests and curves on one page.
+    """Train systems with the same towers and budget, and compare them: tables, significance tests and noise curves.
 
-    Finished runs are not repeated: the same command goes on where it stopped.
+    Finished runs are not repeated, so an interrupted comparison continues with the same command.
 
     Example: `cmaclip compare --data openclipart --output runs/compared --quick`
 

@@ -47,15 +47,15 @@ def data_list() -> None:
 def data_build(
     name: Annotated[str, typer.Argument(help="`emoji`.")],
     output: Annotated[
-        Path | None, typer.Option(help="The folder to write [where `--data NAME` reads; CMACLIP_DATA moves it].")
+        Path | None, typer.Option(help="Output folder [default: the data folder, which CMACLIP_DATA sets].")
     ] = None,
     languages: Annotated[str, typer.Option(help="Languages of the texts, such as `en,de,ja`, or `all`.")] = "all",
     packages: Annotated[
-        Path | None, typer.Option(help="Folder with the packages' tarballs, instead of the npm client.")
+        Path | None, typer.Option(help="Folder with the packages' tarballs, instead of downloading.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
 ) -> None:
-    """Fetch the parts of a data set with the npm client, check them, and write it as Parquet.
+    """Download the parts of a data set with npm, verify them, and write Parquet.
 
     Example: `cmaclip data build emoji`
     """
@@ -75,13 +75,13 @@ def data_build(
 
 @data_app.command("show")
 def data_show(
-    name: Annotated[str, typer.Argument(help="A name of `cmaclip data list`, or a file or folder.")],
+    name: Annotated[str, typer.Argument(help="Data set name (`cmaclip data list`), file or folder.")],
     image: ImageOption = None,
     text: TextOption = None,
     task: TaskOption = None,
     image_dir: ImageDirOption = None,
 ) -> None:
-    """Show rows, columns, classes and texts of a data set, and its card.
+    """Show a data set's size, columns, classes, example rows and data card.
 
     Example: `cmaclip data show openclipart`
     """

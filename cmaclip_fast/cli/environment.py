@@ -11,7 +11,7 @@ from cmaclip_fast.cli.output import out
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show versions, compiler, toolkit, GPUs, and which backends this machine can run, or why not.
+    """Show versions, compiler, CUDA toolkit, GPUs, and which backends can run on this machine, or why not.
 
     Example: `cmaclip env`
     """

@@ -30,20 +30,24 @@ from cmaclip_fast.errors import InputError, listed
 
 def evaluate(
     directory: ModelArgument,
-    data: Annotated[str | None, typer.Option(help="As for `train` [the training data].")] = None,
-    split: Annotated[str, typer.Option(help="Which rows; `all` for every row.")] = "test",
+    data: Annotated[str | None, typer.Option(help="As for `train` [default: the training data].")] = None,
+    split: Annotated[str, typer.Option(help="Split to use; `all` for every row.")] = "test",
     noise: Annotated[
         list[str] | None,
-        typer.Option(help="KIND:LEVEL, a share of rows or a strength, such as `text-replace:0.5`; repeat."),
+        typer.Option(
+            help="Noise to add, KIND:LEVEL, such as `text-replace:0.5` (share of rows, or strength). Repeatable."
+        ),
     ] = None,
-    by: Annotated[str | None, typer.Option(help="Column whose values are also measured one by one.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
+    by: Annotated[str | None, typer.Option(help="Also report metrics for each value of this column.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the metrics to this JSON file.")] = None,
     image: ImageOption = None,
     text: TextOption = None,
     task: TaskOption = None,
-    precision: Annotated[float, typer.Option(min=0.01, max=1.0, help="Target of recall at a precision.")] = 0.9,
+    precision: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Target precision for thresholds and recall.")
+    ] = 0.9,
     ignore_unknown: Annotated[
-        bool, typer.Option("--ignore-unknown-classes", help="Leave out labels that the model does not know.")
+        bool, typer.Option("--ignore-unknown-classes", help="Ignore rows whose class the model does not know.")
     ] = False,
     image_dir: ImageDirOption = None,
     split_column: SplitColumnOption = None,
@@ -52,7 +56,7 @@ def evaluate(
     batch_size: BatchOption = 64,
     device: DeviceOption = "auto",
 ) -> None:
-    """Measure a model on labelled rows.
+    """Compute metrics on labelled rows.
 
     Example: `cmaclip evaluate runs/clipart --split test --noise text-drop:0.5 --json metrics.json`
 

@@ -27,21 +27,21 @@ from cmaclip_fast.errors import InputError
 
 def explain(
     directory: ModelArgument,
-    row: Annotated[list[int], typer.Option(min=1, help="Row of the split, counted from 1; repeat.")],
-    output: Annotated[Path, typer.Option(help="The HTML page to write.")],
-    data: Annotated[str | None, typer.Option(help="As for `train` [the training data].")] = None,
+    row: Annotated[list[int], typer.Option(min=1, help="Row of the split, counted from 1. Repeatable.")],
+    output: Annotated[Path, typer.Option(help="HTML page to write.")],
+    data: Annotated[str | None, typer.Option(help="As for `train` [default: the training data].")] = None,
     image: ImageOption = None,
     text: TextOption = None,
     task: TaskOption = None,
     key: KeyOption = None,
-    split: Annotated[str, typer.Option(help="Which rows; `all` for every row.")] = "test",
+    split: Annotated[str, typer.Option(help="Split to use; `all` for every row.")] = "test",
     image_dir: ImageDirOption = None,
     split_column: SplitColumnOption = None,
     max_image_pixels: PixelsOption = MAX_PIXELS,
     device: DeviceOption = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing page.")] = False,
 ) -> None:
-    """Show what the model looked at in single rows: modality weights and attention maps.
+    """Explain single rows: modality weights and attention maps.
 
     Example: `cmaclip explain runs/clipart --row 1 --row 7 --output rows.html`
     """

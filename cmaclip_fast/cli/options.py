@@ -38,48 +38,52 @@ class Vectors(str, Enum):
 DataOption = Annotated[
     str,
     typer.Option(
-        help="A name of `cmaclip data list`, a CSV, TSV, JSONL or Parquet file, a glob of them, a folder of pictures."
+        help="Data set name (`cmaclip data list`), CSV, TSV, JSONL or Parquet file, glob of files, or folder of images."
     ),
 ]
 
-ImageOption = Annotated[str | None, typer.Option(help="Column of pictures: paths or bytes.")]
+ImageOption = Annotated[str | None, typer.Option(help="Image column: paths or bytes.")]
 
-TextOption = Annotated[str | None, typer.Option(help="Column of texts.")]
+TextOption = Annotated[str | None, typer.Option(help="Text column.")]
 
-TaskOption = Annotated[list[str] | None, typer.Option(help="Column of labels; repeat for several tasks.")]
+TaskOption = Annotated[list[str] | None, typer.Option(help="Label column. Repeat for several tasks.")]
 
 TaxonomyOption = Annotated[
     list[str] | None,
-    typer.Option(help="Column of class paths, such as 'Apparel > Dresses': a task for each level; repeat."),
+    typer.Option(help="Column of class paths such as 'Apparel > Dresses'; each level becomes a task. Repeatable."),
 ]
 
-SeparatorOption = Annotated[str, typer.Option(help="Between the names of a path of --taxonomy.")]
+SeparatorOption = Annotated[str, typer.Option(help="Separator in the paths of --taxonomy.")]
 
-KeyOption = Annotated[list[str] | None, typer.Option(help="Column that names a row; repeat for several.")]
+KeyOption = Annotated[list[str] | None, typer.Option(help="Column that identifies a row. Repeatable.")]
 
-ImageDirOption = Annotated[Path | None, typer.Option(help="Folder that paths of pictures start from [the table's].")]
+ImageDirOption = Annotated[
+    Path | None, typer.Option(help="Folder that relative image paths start from [default: the table's folder].")
+]
 
-SplitColumnOption = Annotated[str | None, typer.Option(help="Column with train, validation, test [`split`, if any].")]
+SplitColumnOption = Annotated[
+    str | None, typer.Option(help="Column with the values train, validation and test [default: `split`, if present].")
+]
 
 BadRowsOption = Annotated[
-    BadRows, typer.Option(help="A bad row ends the run, is left out, or (its picture) is taken for absent.")
+    BadRows, typer.Option(help="For a bad row: stop, skip the row, or treat its image as missing (mask).")
 ]
 
-PixelsOption = Annotated[int, typer.Option(min=1, help="Pictures of more pixels than this are refused.")]
+PixelsOption = Annotated[int, typer.Option(min=1, help="Maximum number of pixels per image.")]
 
-DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one.")]
+DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`, or `auto`: a GPU if available.")]
 
 TextTowerOption = Annotated[
-    str | None, typer.Option(help="Folder with a Hugging Face encoder, in place of the model's text tower.")
+    str | None, typer.Option(help="Folder with a Hugging Face encoder to use as the text tower.")
 ]
 
 ImageTowerOption = Annotated[
-    str | None, typer.Option(help="NAME or NAME:WEIGHTS of a timm model, in place of the model's image tower.")
+    str | None, typer.Option(help="timm model (NAME or NAME:WEIGHTS) to use as the image tower.")
 ]
 
-BatchOption = Annotated[int, typer.Option(min=1, help="Rows at a time.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Batch size.")]
 
-ModelArgument = Annotated[Path, typer.Argument(help="A folder that `cmaclip train` wrote.")]
+ModelArgument = Annotated[Path, typer.Argument(help="Model folder written by `cmaclip train`.")]
 
 MAX_PIXELS = 50_000_000
 

@@ -34,11 +34,11 @@ from cmaclip_fast.signals import exit_code
 def predict(
     directory: ModelArgument,
     data: DataOption,
-    output: Annotated[Path, typer.Option(help="The Parquet file to write.")],
+    output: Annotated[Path, typer.Option(help="Parquet file to write.")],
     image: ImageOption = None,
     text: TextOption = None,
     key: KeyOption = None,
-    split: Annotated[str, typer.Option(help="Which rows; `all` for every row.")] = "all",
+    split: Annotated[str, typer.Option(help="Split to use; `all` for every row.")] = "all",
     image_dir: ImageDirOption = None,
     split_column: SplitColumnOption = None,
     on_bad_rows: BadRowsOption = BadRows.error,
@@ -46,17 +46,19 @@ def predict(
     batch_size: BatchOption = 64,
     device: DeviceOption = "auto",
     engine: Annotated[
-        EngineName, typer.Option(help="This process, or a Ray cluster (RAY_ADDRESS).")
+        EngineName, typer.Option(help="`local`: this process; `ray`: a Ray cluster (RAY_ADDRESS).")
     ] = EngineName.local,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Models side by side with Ray [one for each GPU, or machine].")
+        int | None, typer.Option(min=1, help="Ray workers [default: one per GPU, or per machine].")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that did not end.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run; the result is the same.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
-    """Label rows: per task the label, its probability, the top five and the modality weights, as Parquet.
+    """Predict a table and write Parquet: per task label, probability, top five classes and modality weights.
 
-    Rows are labelled part by part; after an interruption `--resume` goes on with what is left.
+    Results are saved every 512 rows; after an interruption, `--resume` continues with the remaining rows.
 
     Example: `cmaclip predict runs/clipart --data openclipart --split test --key id --output labels.parquet`
     """

@@ -44,53 +44,65 @@ def _recipe(context: typer.Context, file: Path | None) -> Path | None:
 
 def train(
     data: DataOption,
-    output: Annotated[Path, typer.Option(help="The folder to make.")],
+    output: Annotated[Path, typer.Option(help="Output folder.")],
     recipe: Annotated[
         Path | None,
-        typer.Option(is_eager=True, callback=_recipe, help="YAML file of options; those given here go before."),
+        typer.Option(is_eager=True, callback=_recipe, help="YAML file with options. Command-line options override it."),
     ] = None,
     image: ImageOption = None,
     text: TextOption = None,
     task: TaskOption = None,
     system: Annotated[
-        str, typer.Option(help="`cma-clip`, or another of docs/systems.md, such as `mmbt`.")
+        str, typer.Option(help="Model architecture: `cma-clip`, or another one listed in docs/systems.md.")
     ] = "cma-clip",
     taxonomy: TaxonomyOption = None,
     separator: SeparatorOption = " > ",
     model: Annotated[str, typer.Option(help="`tiny`, or an open_clip model name such as ViT-B-32.")] = "tiny",
-    pretrained: Annotated[str | None, typer.Option(help="An open_clip tag, or a checkpoint file.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="open_clip pretrained tag, or a checkpoint file.")] = None,
     text_tower: TextTowerOption = None,
     image_tower: ImageTowerOption = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training rows.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Training epochs.")] = None,
     contrastive_epochs: Annotated[
-        int | None, typer.Option(min=0, help="Passes with CLIP's own loss before the tasks.")
+        int | None, typer.Option(min=0, help="Epochs with CLIP's contrastive loss before training the tasks.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate of the new layers.")] = None,
-    tower_learning_rate: Annotated[float | None, typer.Option(help="Peak rate of the towers.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Batch size per device.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of the new layers.")] = None,
+    tower_learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of the towers.")] = None,
     patience: Annotated[
-        int | None, typer.Option(min=0, help="Stop after so many epochs without gain; 0: never.")
+        int | None, typer.Option(min=0, help="Stop after this many epochs without improvement; 0 disables.")
     ] = None,
-    sequence_attention: Annotated[bool, typer.Option(help="Off: the paper's first ablation.")] = True,
-    modality_attention: Annotated[bool, typer.Option(help="Off: the paper's second ablation.")] = True,
-    vectors: Annotated[Vectors, typer.Option(help="Keyless vectors of modality attention.")] = Vectors.task,
+    sequence_attention: Annotated[
+        bool, typer.Option(help="Sequence-wise attention; disabled, the paper's first ablation.")
+    ] = True,
+    modality_attention: Annotated[
+        bool, typer.Option(help="Modality-wise attention; disabled, the paper's second ablation.")
+    ] = True,
+    vectors: Annotated[
+        Vectors, typer.Option(help="Attention vectors of modality-wise attention: per task, or per task and modality.")
+    ] = Vectors.task,
     option: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=VALUE of the system's options or of `TrainingConfig`, such as `depth=3`; repeat."),
+        typer.Option(
+            help="NAME=VALUE for the system's configuration or `TrainingConfig`, such as `depth=3`. Repeatable."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Repeats a run exactly on a CPU.")] = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0,
-    mixed_precision: Annotated[str, typer.Option(help="`no`, `bf16` or `fp16`.")] = "no",
-    precision: Annotated[float, typer.Option(min=0.01, max=1.0, help="Target of recall at a precision.")] = 0.9,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed. On a CPU the same seed gives the same weights.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Data loading processes.")] = 0,
+    mixed_precision: Annotated[str, typer.Option(help="Mixed precision: `no`, `bf16` or `fp16`.")] = "no",
+    precision: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Target precision for thresholds and recall.")
+    ] = 0.9,
     image_dir: ImageDirOption = None,
     split_column: SplitColumnOption = None,
     key: KeyOption = None,
     on_bad_rows: BadRowsOption = BadRows.error,
     max_image_pixels: PixelsOption = MAX_PIXELS,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that did not end.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run; the result is the same.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")] = False,
 ) -> None:
-    """Train a model and write its folder: weights, thresholds, metrics and a report.
+    """Train a model and write its folder: weights, thresholds, metrics and an HTML report.
 
     Example: `cmaclip train --data openclipart --output runs/clipart`
 

@@ -36,7 +36,7 @@ def log_file(path: Path, console: Console) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """A log whose disk may be full: the run goes on without it, or ends at the next file that matters."""
+    """A log whose disk may be full: the run continues without it, or ends at the next file that matters."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass

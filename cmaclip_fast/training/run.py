@@ -74,7 +74,7 @@ class TrainingRun:
         on_bad_rows: what a bad row leads to (see `check_rows`).
         target_precision: for thresholds and recall at a fixed precision.
         overwrite: replace an existing output folder.
-        resume: go on from the checkpoint of a run towards `output` that did not end.
+        resume: continue an interrupted run towards `output` from its checkpoint.
         splits: the rows of `table` checked and split already, as `split_table` gives them; None does both.
         report: write `report.html`.
     """
