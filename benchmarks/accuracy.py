@@ -16,12 +16,15 @@ import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas
 import torch
 import typer
+from rich.markdown import Markdown
 from rich.table import Table
 
-from benchmarks.page import insert
+from benchmarks.page import as_table, insert
 from cmaclip_fast.classifier.artifact import METRICS, load_model, versions
+from cmaclip_fast.classifier.classifier import Classifier
 from cmaclip_fast.classifier.explanation import explain
 from cmaclip_fast.data import read_table
 from cmaclip_fast.pages.explanation import render_explanation
@@ -33,6 +36,9 @@ TARGETS = {"category": 0.50, "subcategory": 0.40, "color": 0.85}
 BASELINE = {"category": (0.436, 0.482, 0.559), "subcategory": (0.356, 0.328, 0.473), "color": (0.479, 0.750, 0.793)}
 """The data card's logistic regression: TF-IDF of the title, features of a pretrained network, both."""
 EXPLAINED = (0, 1, 2, 3, 4, 5)
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "clipart" / "rows.csv"
 
 console = Console()
 
@@ -50,9 +56,14 @@ def main(
         console.print(
             f"seed {seed}: a few test rows explained {folder / 'explain.html'}", soft_wrap=True, highlight=False
         )
+    predicted = example(runs / f"openclipart-{seeds[0]}")
+    console.print(f"{EXAMPLE.relative_to(ROOT)}, seed {seeds[0]}:", highlight=False)
+    console.print(Markdown(predicted))
     if write is not None:
         insert(write, "make results", markdown(records, seeds))
-        console.print(f"wrote {write}", highlight=False)
+        insert(ROOT / "README.md", "make demo", predicted)
+        insert(ROOT / "README.md", "make results", short(records))
+        console.print(f"wrote {write} and README.md", highlight=False)
 
 
 def record(folder: Path, seed: int) -> dict[str, Any]:
@@ -66,6 +77,19 @@ def record(folder: Path, seed: int) -> dict[str, Any]:
         rows = read_table("openclipart", split="test").select(EXPLAINED)
         render_explanation(explain(load_model(folder), rows), page, "What the model looked at", {"model": str(folder)})
     return json.loads((folder / METRICS).read_text(encoding="utf-8"))
+
+
+def example(folder: Path) -> str:
+    """What the model of a folder says of the rows that the README begins with, as Markdown."""
+    table = pandas.read_csv(EXAMPLE, dtype=str)
+    found = Classifier.load(folder).predict(table, image="image", text="title", image_dir=EXAMPLE.parent)
+    names = [name for task in ("category", "color") for name in columns(task)]
+    rows = zip(table["id"], *(found[name] for name in names), strict=True)
+    return as_table(["id", *names], rows)
+
+
+def columns(task: str) -> list[str]:
+    return [task, f"{task}_probability", f"{task}_text_weight", f"{task}_image_weight"]
 
 
 def mean(records: list[dict[str, Any]], view: str, task: str, metric: str) -> float:
@@ -102,6 +126,16 @@ def cells(records: list[dict[str, Any]], task: str) -> list[str]:
         f"{statistics.fmean(r['modality_weights'][task]['text'] for r in records):.2f}",
         f"{BASELINE[task][2]:.3f}",
     ]
+
+
+def short(records: list[dict[str, Any]]) -> str:
+    """The README's table: accuracy with both modalities and with each alone, and the text's weight."""
+    views = ("both", "text alone", "image alone")
+    rows = []
+    for task in TARGETS:
+        weight = statistics.fmean(record["modality_weights"][task]["text"] for record in records)
+        rows.append([task, *(f"{mean(records, view, task, 'accuracy'):.3f}" for view in views), f"{weight:.2f}"])
+    return as_table(["task", *views, "weight of the text"], rows)
 
 
 def summary(records: list[dict[str, Any]], seeds: list[int]) -> Table:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,12 @@ def main(
     text = re.sub(r"\]\(([^():#]+\.png)\)", rf"]({folder}/\1)", text)
     page.parent.mkdir(exist_ok=True)
     page.write_text(f"# {title}\n\nWritten by `{command}`.\n\n{text.strip()}\n", encoding="utf-8")
+
+
+def as_table(headings: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown; fractions get two decimals."""
+    cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [list(headings), ["---"] * len(headings), *cells])
 
 
 def insert(page: Path, command: str, text: str) -> None:
