@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,8 +19,10 @@ from torch.nn.attention import SDPBackend
 from benchmarks import gpu_report
 from benchmarks.gpu_kit import build, competitors, result, run, tools
 from benchmarks.gpu_kit.competitors import Inputs, PaddedInputs, Shape
+from benchmarks.gpu_kit.steps import operators
 from benchmarks.operators import padded
 from cmaclip_fast.ops import preferences
+from tests.gpu import conftest as gpu_tests
 
 ROOT = Path(__file__).parents[1]
 
@@ -181,6 +184,43 @@ def test_a_bad_step_is_reported_and_passed_over(name, tmp_path, capfd):
     if name == "hangs":
         assert bad["data"] == {"kept": 1}
     assert f"bad: {status}" in capfd.readouterr().out
+
+
+def test_what_a_step_leaves_of_its_time_goes_to_later_ones(tmp_path, capfd):
+    (tmp_path / "quick_step.py").write_text(
+        "from benchmarks.gpu_kit.result import main\nmain(lambda *_: None, 'quick')\n"
+    )
+    steps = [run.Step(name, 50, "", "quick_step") for name in ("one", "two", "three")]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    assert run.run_steps(steps, tmp_path, environment, True, until=time.monotonic() + 120)
+    limits = [int(found) for found in re.findall(r"at most (\d+) s", capfd.readouterr().out)]
+    assert limits[0] == 50 and 90 <= limits[1] <= 100 and 100 < limits[2] <= 120  # the whole has 120
+
+
+def test_outcomes_are_counted_as_they_come(tmp_path, monkeypatch):
+    path = tmp_path / "report.jsonl"
+    monkeypatch.setenv("CMACLIP_TEST_REPORT", str(path))
+    text = "def test():\n>   assert 1 == 2\nE   assert 1 == 2\n\ntest.py:1: AssertionError"
+    place = ("test.py", 1, "test")
+    reports = [
+        pytest.TestReport("t.py::test_cuda_graph[pack-dtype0-triton]", place, {}, "passed", None, "setup"),
+        pytest.TestReport("t.py::test_cuda_graph[pack-dtype0-triton]", place, {}, "passed", None, "call"),
+        pytest.TestReport("t.py::test[cuda]", place, {}, "failed", text, "call"),
+        pytest.TestReport("t.py::test", place, {}, "skipped", ("test.py", 1, "Skipped: one GPU"), "setup"),
+    ]
+    for one in reports:
+        gpu_tests.pytest_runtest_logreport(one)
+    gpu_tests.pytest_collectreport(pytest.CollectReport("bad.py", "failed", "E   ImportError: no", None))
+    data = {"counts": {}, "failed": [], "by_backend": {}, "skipped": {}}
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])  # a line that is being written
+    read = operators._collect(data, path, 0)
+    assert data["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
+    path.write_bytes(whole)
+    assert read + operators._collect(data, path, read) == len(whole)
+    assert data["counts"] == {"passed": 1, "failed": 2, "skipped": 1} and data["skipped"] == {"one GPU": 1}
+    assert data["by_backend"]["triton"] == {"passed": 1} and data["by_backend"]["cuda"] == {"failed": 1}
+    assert [one["reason"] for one in data["failed"]] == ["assert 1 == 2", "ImportError: no"]
 
 
 def test_steps_without_time_left_are_not_run(tmp_path):
