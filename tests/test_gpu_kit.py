@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend
 from benchmarks import gpu_report
 from benchmarks.gpu_kit import build, competitors, result, run, tools
 from benchmarks.gpu_kit.competitors import Inputs, PaddedInputs, Shape
-from benchmarks.gpu_kit.steps import operators
+from benchmarks.gpu_kit.steps import operator_timing, operators, triton
 from benchmarks.operators import padded
 from cmaclip_fast.ops import preferences
 from tests.gpu import conftest as gpu_tests
@@ -365,6 +365,25 @@ def test_what_the_tools_say():
     assert tools.ncu_launches(long) == [{"kernel": "plan", "a.sum": "5", "b.sum": "6"}]
     assert tools.ncu_launches("==ERROR== no") == []
     assert (tools.number("1,024"), tools.number("n/a"), tools.number(None)) == (1024.0, None, None)
+
+
+def test_what_the_autotuner_chose_is_read_from_its_cache_and_forgotten(tmp_path):
+    options = {"num_ctas": 1, "num_stages": 2, "maxnreg": None, "pre_hook": None, "ir_override": None}
+    timings = [
+        [{"kwargs": {"BLOCK_Q": block, "BLOCK_K": 64}, "num_warps": 4} | options, [time, time, time]]
+        for block, time in ((16, 0.3), (64, 0.1), (128, math.inf))
+    ]
+    tuned = {"key": [64, False, 256, 256, "torch.bfloat16", "torch.bfloat16"], "configs_timings": timings}
+    for name in ("grad_q_kernel", "forward_kernel", "another_kernel"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.autotune.json").write_text(json.dumps(tuned))
+    (tmp_path / "forward_kernel" / "forward_kernel.cubin").touch()
+    rows = triton.on_disk(tmp_path)
+    assert [row["kernel"] for row in rows] == ["forward_kernel", "grad_q_kernel"]
+    assert rows[0]["key"] == "64, False, 256, 256, torch.bfloat16"
+    assert rows[0]["configuration"] == "BLOCK_Q 64, BLOCK_K 64, num_warps 4, num_stages 2"
+    operator_timing.forget_tuning(tmp_path)
+    assert triton.on_disk(tmp_path) == [] and (tmp_path / "forward_kernel" / "forward_kernel.cubin").exists()
 
 
 @pytest.mark.parametrize("mean", [20, 70])
