@@ -288,7 +288,7 @@ def test_results_become_the_page_its_picture_and_the_table(real, tmp_path, monke
     assert "| operator-timing |" in text and "| cut off |" in text and "| model |" in text and "| not run |" in text
     assert "| triton | 5.0 (50%, 10%) | 40.0 (50%, 10%) | 15.0 (50%, 10%) | 120.0 (50%, 10%) |" in text
     assert "padded SDPA, cudnn: RuntimeError: no kernel" in text and "error 0.2, allowed 0.1" in text
-    assert page.with_suffix(".png").stat().st_size > 5000
+    assert page.with_suffix(".png").stat().st_size > 5000 and "](gpu.png)" in text
     written = json.loads(table.read_text())
     assert written["sm_80"] == {"measured": "before", "rows": []}
     assert written["sm_90"]["measured"].startswith("GPU Model 1, PyTorch 2.11.0, ")
