@@ -33,9 +33,12 @@ def main(
     table: Annotated[Path, typer.Option(help="The table that `--prefer` writes.")] = preferences.TABLE,
 ) -> None:
     records = read(output)
-    insert(page, COMMAND, markdown(records))
-    if picture := draw(records):
-        picture.savefig(page.with_suffix(".png"), dpi=110)
+    text, picture = markdown(records), draw(records)
+    if picture is not None:
+        file = page.with_suffix(".png")
+        picture.savefig(file, dpi=110)
+        text += f"\n\n![packed_attention's forward: time by batch]({file.name})"
+    insert(page, COMMAND, text)
     typer.echo(f"wrote {page}")
     if prefer:
         architecture, found = preferred(records)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,8 +19,10 @@ from torch.nn.attention import SDPBackend
 from benchmarks import gpu_report
 from benchmarks.gpu_kit import build, competitors, result, run, tools
 from benchmarks.gpu_kit.competitors import Inputs, PaddedInputs, Shape
+from benchmarks.gpu_kit.steps import operator_timing, operators, triton
 from benchmarks.operators import padded
 from cmaclip_fast.ops import preferences
+from tests.gpu import conftest as gpu_tests
 
 ROOT = Path(__file__).parents[1]
 
@@ -183,6 +186,43 @@ def test_a_bad_step_is_reported_and_passed_over(name, tmp_path, capfd):
     assert f"bad: {status}" in capfd.readouterr().out
 
 
+def test_what_a_step_leaves_of_its_time_goes_to_later_ones(tmp_path, capfd):
+    (tmp_path / "quick_step.py").write_text(
+        "from benchmarks.gpu_kit.result import main\nmain(lambda *_: None, 'quick')\n"
+    )
+    steps = [run.Step(name, 50, "", "quick_step") for name in ("one", "two", "three")]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    assert run.run_steps(steps, tmp_path, environment, True, until=time.monotonic() + 120)
+    limits = [int(found) for found in re.findall(r"at most (\d+) s", capfd.readouterr().out)]
+    assert limits[0] == 50 and 90 <= limits[1] <= 100 and 100 < limits[2] <= 120  # the whole has 120
+
+
+def test_outcomes_are_counted_as_they_come(tmp_path, monkeypatch):
+    path = tmp_path / "report.jsonl"
+    monkeypatch.setenv("CMACLIP_TEST_REPORT", str(path))
+    text = "def test():\n>   assert 1 == 2\nE   assert 1 == 2\n\ntest.py:1: AssertionError"
+    place = ("test.py", 1, "test")
+    reports = [
+        pytest.TestReport("t.py::test_cuda_graph[pack-dtype0-triton]", place, {}, "passed", None, "setup"),
+        pytest.TestReport("t.py::test_cuda_graph[pack-dtype0-triton]", place, {}, "passed", None, "call"),
+        pytest.TestReport("t.py::test[cuda]", place, {}, "failed", text, "call"),
+        pytest.TestReport("t.py::test", place, {}, "skipped", ("test.py", 1, "Skipped: one GPU"), "setup"),
+    ]
+    for one in reports:
+        gpu_tests.pytest_runtest_logreport(one)
+    gpu_tests.pytest_collectreport(pytest.CollectReport("bad.py", "failed", "E   ImportError: no", None))
+    data = {"counts": {}, "failed": [], "by_backend": {}, "skipped": {}}
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])  # a line that is being written
+    read = operators._collect(data, path, 0)
+    assert data["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
+    path.write_bytes(whole)
+    assert read + operators._collect(data, path, read) == len(whole)
+    assert data["counts"] == {"passed": 1, "failed": 2, "skipped": 1} and data["skipped"] == {"one GPU": 1}
+    assert data["by_backend"]["triton"] == {"passed": 1} and data["by_backend"]["cuda"] == {"failed": 1}
+    assert [one["reason"] for one in data["failed"]] == ["assert 1 == 2", "ImportError: no"]
+
+
 def test_steps_without_time_left_are_not_run(tmp_path):
     assert not run.run_steps(run.STEPS[:2], tmp_path, dict(os.environ), True, until=time.monotonic())
     assert {result.read(path)["status"] for path in tmp_path.iterdir()} == {"not run"}
@@ -248,7 +288,7 @@ def test_results_become_the_page_its_picture_and_the_table(real, tmp_path, monke
     assert "| operator-timing |" in text and "| cut off |" in text and "| model |" in text and "| not run |" in text
     assert "| triton | 5.0 (50%, 10%) | 40.0 (50%, 10%) | 15.0 (50%, 10%) | 120.0 (50%, 10%) |" in text
     assert "padded SDPA, cudnn: RuntimeError: no kernel" in text and "error 0.2, allowed 0.1" in text
-    assert page.with_suffix(".png").stat().st_size > 5000
+    assert page.with_suffix(".png").stat().st_size > 5000 and "](gpu.png)" in text
     written = json.loads(table.read_text())
     assert written["sm_80"] == {"measured": "before", "rows": []}
     assert written["sm_90"]["measured"].startswith("GPU Model 1, PyTorch 2.11.0, ")
@@ -325,6 +365,25 @@ def test_what_the_tools_say():
     assert tools.ncu_launches(long) == [{"kernel": "plan", "a.sum": "5", "b.sum": "6"}]
     assert tools.ncu_launches("==ERROR== no") == []
     assert (tools.number("1,024"), tools.number("n/a"), tools.number(None)) == (1024.0, None, None)
+
+
+def test_what_the_autotuner_chose_is_read_from_its_cache_and_forgotten(tmp_path):
+    options = {"num_ctas": 1, "num_stages": 2, "maxnreg": None, "pre_hook": None, "ir_override": None}
+    timings = [
+        [{"kwargs": {"BLOCK_Q": block, "BLOCK_K": 64}, "num_warps": 4} | options, [time, time, time]]
+        for block, time in ((16, 0.3), (64, 0.1), (128, math.inf))
+    ]
+    tuned = {"key": [64, False, 256, 256, "torch.bfloat16", "torch.bfloat16"], "configs_timings": timings}
+    for name in ("grad_q_kernel", "forward_kernel", "another_kernel"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.autotune.json").write_text(json.dumps(tuned))
+    (tmp_path / "forward_kernel" / "forward_kernel.cubin").touch()
+    rows = triton.on_disk(tmp_path)
+    assert [row["kernel"] for row in rows] == ["forward_kernel", "grad_q_kernel"]
+    assert rows[0]["key"] == "64, False, 256, 256, torch.bfloat16"
+    assert rows[0]["configuration"] == "BLOCK_Q 64, BLOCK_K 64, num_warps 4, num_stages 2"
+    operator_timing.forget_tuning(tmp_path)
+    assert triton.on_disk(tmp_path) == [] and (tmp_path / "forward_kernel" / "forward_kernel.cubin").exists()
 
 
 @pytest.mark.parametrize("mean", [20, 70])

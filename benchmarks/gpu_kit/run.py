@@ -7,6 +7,7 @@ not keep the next from running; its result file is written while it runs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import signal
@@ -55,8 +56,11 @@ STEPS = (
 
 
 def run_steps(steps: Sequence[Step], output: Path, environment: dict[str, str], dry_run: bool, until: float) -> bool:
-    """Run the steps in turn until `time.monotonic()` is `until`; True if all passed."""
-    passed = True
+    """Run the steps in turn until `time.monotonic()` is `until`; True if all passed.
+
+    What a step leaves of its time goes to the later ones.
+    """
+    passed, saved = True, 0.0
     paths = {step: output / f"{step.name}.json" for step in steps}
     for path in paths.values():  # what an earlier run left would pass for this one's
         path.unlink(missing_ok=True)
@@ -67,9 +71,11 @@ def run_steps(steps: Sequence[Step], output: Path, environment: dict[str, str], 
             Result(path, step.name, dry_run).keep(NOT_RUN)
             passed = False
             continue
-        limit = min(float(step.seconds), left)
+        begin = time.monotonic()
+        limit = min(step.seconds + saved, left)
         print(f"{step.name} (at most {limit:.0f} s): {step.what}", flush=True)
         passed &= _run(step, path, environment, dry_run, limit)
+        saved = max(0.0, saved + step.seconds - (time.monotonic() - begin))
     return passed
 
 
@@ -109,11 +115,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, sent)
         except ProcessLookupError:
             break
-        try:
+        # what the driver holds may not end even then; the next step runs all the same
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
 
 
 def fitting_wheels() -> tuple[list[Path], list[Path]]:

@@ -66,11 +66,11 @@ def orders(architecture: str) -> dict[tuple[str, str, str | None, Shape], tuple[
 
 def explanation(architecture: str) -> str:
     """One line: how `auto` chooses on a GPU of this architecture."""
-    cautious = f"{UNMEASURED[0]} where it can, then {' and '.join(UNMEASURED[1:])}"
+    cautious = f"{UNMEASURED[0]} where it covers the call, then {', then '.join(UNMEASURED[1:])}"
     if not orders(architecture):
         return f"{cautious}: nothing has been measured on {architecture or 'a GPU'}"
     about = table()[architecture]["measured"]
-    return f"by {len(orders(architecture))} measurements on {about}; for other shapes {cautious}"
+    return f"the fastest for {len(orders(architecture))} kinds of calls measured on {about}; for others {cautious}"
 
 
 def _bound(length: int) -> int:

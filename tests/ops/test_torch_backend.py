@@ -133,7 +133,7 @@ def test_auto_goes_by_measurements(measured):
     assert preferences.order(*key[:2], torch.float16, *key[3:]) == expected
     others = (torch.float32, "sm_90", shape), (torch.bfloat16, "sm_80", shape), (torch.bfloat16, "sm_90", (64, 64, 64))
     assert {preferences.order(*key[:2], *other)[0] for other in others} == {"torch"}
-    assert "by 1 measurements on a GPU, today" in preferences.explanation("sm_90")
+    assert "the fastest for 1 kinds of calls measured on a GPU, today" in preferences.explanation("sm_90")
 
 
 def test_the_table_in_the_package_is_well_formed():

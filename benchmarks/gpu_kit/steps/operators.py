@@ -2,71 +2,84 @@
 
 from __future__ import annotations
 
-import collections
+import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu_kit.result import Result, main
 
 SHARDS = 8
 """Triton's compilations take most of the time, on the CPU."""
 ROOT = Path(__file__).resolve().parents[3]
+OF_BACKEND = re.compile(r"[\[-](cuda|triton|torch)\]$")
 
 
 def run(result: Result, dry_run: bool) -> None:
     shards = 1 if dry_run else SHARDS
-    counts: collections.Counter[str] = collections.Counter()
-    failed: list[dict[str, str]] = []
-    result.data |= {"counts": {}, "failed": failed, "by_backend": {}, "skipped": {}}
+    result.data |= {"counts": {}, "failed": [], "by_backend": {}, "skipped": {}}
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, f"{shard}.xml") for shard in range(shards)]
-        waiting = {file: _start(file, f"{shard}/{shards}", dry_run) for shard, file in enumerate(files)}
-        while waiting:
-            time.sleep(0.2)
-            for file in [file for file, process in waiting.items() if process.poll() is not None]:
-                process = waiting.pop(file)
-                if not file.exists():
-                    result.fail(f"a process of tests ended with exit status {process.returncode} and no report")
-                    continue
-                _collect(result, file, counts)
-                result.data["counts"] = dict(counts)
+        reports = [Path(folder, f"{shard}.jsonl") for shard in range(shards)]
+        running = [_start(report, f"{shard}/{shards}") for shard, report in enumerate(reports)]
+        read = [0] * shards
+        while True:
+            ended = all(process.poll() is not None for process in running)
+            before = sum(read)
+            for shard, report in enumerate(reports):
+                read[shard] += _collect(result.data, report, read[shard])
+            if sum(read) > before:
                 result.keep()
+            if ended:
+                break
+            time.sleep(0.2)
+        for process in running:
+            if process.returncode not in (0, 1, 5):  # 1: a test failed, 5: there was none
+                result.fail(f"a process of tests ended with exit status {process.returncode}")
+    counts, failed = result.data["counts"], result.data["failed"]
     for one in failed[:20]:
         result.say(f"{one['name']}: {one['reason'][:300]}")
     result.say(", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "no test ran")
     if failed:
         result.fail(f"{len(failed)} tests failed")
-    if not dry_run and not counts["passed"]:
+    if not dry_run and not counts.get("passed"):
         result.fail("no test passed")
 
 
-def _start(report: Path, shard: str, dry_run: bool) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "tests/gpu"]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"CMACLIP_TEST_SHARD": shard}, stdout=subprocess.DEVNULL
-    )
+def _start(report: Path, shard: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    threads = max(1, (os.cpu_count() or 1) // int(shard.partition("/")[2]))  # for the references on the CPU
+    environment = os.environ | {
+        "CMACLIP_TEST_SHARD": shard,
+        "CMACLIP_TEST_REPORT": str(report),
+        "OMP_NUM_THREADS": str(threads),
+    }
+    return subprocess.Popen([*command, "tests/gpu"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
 
 
-def _collect(result: Result, report: Path, counts: collections.Counter[str]) -> None:
-    for case in ET.parse(report).getroot().iter("testcase"):
-        name, kind, reason = f"{case.get('classname')}::{case.get('name')}", "passed", ""
-        for tag, outcome in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
-            found = case.find(tag)
-            if found is not None:
-                kind, reason = outcome, found.get("message") or ""
-        counts[kind] += 1
+def _collect(data: dict[str, Any], report: Path, begin: int) -> int:
+    """Count the outcomes from byte `begin` of a report on, and return how many bytes they took; see tests/gpu."""
+    if not report.exists():
+        return 0
+    with report.open("rb") as file:
+        file.seek(begin)
+        whole = file.read().rpartition(b"\n")  # the last line may not be complete yet
+    for line in whole[0].splitlines():
+        one = json.loads(line)
+        kind, name, reason = one["outcome"], one["name"], one["reason"]
+        data["counts"][kind] = data["counts"].get(kind, 0) + 1
         if kind == "failed":
-            result.data["failed"].append({"name": name, "reason": reason[:1000]})
+            data["failed"].append({"name": name, "reason": reason[:1000]})
         if kind == "skipped":
-            result.data["skipped"][reason[:200]] = result.data["skipped"].get(reason[:200], 0) + 1
-        backend = next((one for one in ("cuda", "triton", "torch") if one in (case.get("name") or "")), "")
-        by_backend = result.data["by_backend"].setdefault(backend or "all", {})
+            data["skipped"][reason[:200]] = data["skipped"].get(reason[:200], 0) + 1
+        backend = OF_BACKEND.search(name)
+        by_backend = data["by_backend"].setdefault(backend[1] if backend else "all", {})
         by_backend[kind] = by_backend.get(kind, 0) + 1
+    return len(whole[0]) + len(whole[1])
 
 
 if __name__ == "__main__":

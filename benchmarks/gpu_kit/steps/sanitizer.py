@@ -12,7 +12,7 @@ from benchmarks.gpu_kit import tools
 from benchmarks.gpu_kit.result import Result, main
 
 TOOLS = ("memcheck", "racecheck")
-OURS = ("--kernel-regex", "kns=cmaclip")
+OURS = ("--kernel-name", "kns=cmaclip")
 """Kernels with this in their mangled name; others are not ours to check, and slow to."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from triton.runtime.errors import InterpreterError
 
 from benchmarks.gpu_kit.result import Result, main
 from tests.ops.support import packed_attention_case
@@ -21,7 +22,12 @@ LENGTHS = ((127, 127), (2, 127))
 def run(result: Result, dry_run: bool) -> None:
     device, dtype, rows, heads = ("cpu", torch.float32, 1, 1) if dry_run else ("cuda", torch.bfloat16, 64, 8)
     for queries, keys in LENGTHS[1:] if dry_run else LENGTHS:
-        packed_attention_case([queries] * rows, [keys] * rows, heads=heads, size=64).run("triton", dtype, device)
+        case = packed_attention_case([queries] * rows, [keys] * rows, heads=heads, size=64)
+        try:
+            case.run("triton", dtype, device)
+        except InterpreterError as error:  # that of Triton 3.6 does not run on NumPy 2.4
+            result.say(f"Triton's interpreter does not run here: {error}")
+            return
         # the interpreter keeps nothing on disk
         result.data["chosen"] = in_this_process() if dry_run else on_disk(Path(os.environ["TRITON_CACHE_DIR"]))
         result.keep()
