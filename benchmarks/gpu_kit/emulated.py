@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,7 @@ def _launches(counted: Counted) -> list[dict[str, Any]]:
         }
         for name, report in call.launches
     ]
+
+
+if __name__ == "__main__":
+    print(json.dumps(counts()))
