@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -236,21 +237,27 @@ def test_a_name_of_255_bytes_is_written_where_no_working_folder_is_needed(tmp_pa
     assert path.read_text() == "x" and [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """No file may be larger than 1000 bytes, as on a disk that is full."""
+    """No file may be larger than 1000 bytes, as on a disk that is full.
+
+    The limit holds for the whole process, and pytest's own output may be a file: nothing but the write that is tested
+    belongs inside.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.tried("output folder", ends="one line that names the file; the old file stays")
 @pytest.mark.parametrize("kind", ["text", "json", "tensors"])
-def test_a_full_disk(tmp_path: Path, kind: str, small_files: None) -> None:
+def test_a_full_disk(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(InputError, match=r"file: cannot be written .*free some space") as caught:
+    with pytest.raises(InputError, match=r"file: cannot be written .*free some space") as caught, small_files():
         if kind == "text":
             write_text(path, "x" * 5000)
         elif kind == "json":
