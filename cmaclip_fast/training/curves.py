@@ -14,7 +14,7 @@ from cmaclip_fast.data.table import Table
 from cmaclip_fast.evaluation.cost import forward_flops, parameters
 from cmaclip_fast.evaluation.evaluate import Classified, classify
 from cmaclip_fast.systems.base import System
-from cmaclip_fast.training.run import mean_weights
+from cmaclip_fast.training.measure import mean_weights
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 

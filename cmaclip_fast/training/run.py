@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import platform
 import re
 import time
 from collections import Counter
@@ -14,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.sparse import coo_array
 
 from cmaclip_fast.classifier.artifact import (
     FILES,
@@ -25,10 +21,10 @@ from cmaclip_fast.classifier.artifact import (
     DataColumns,
     check_replaceable,
     load_config,
+    load_metrics,
     save_model,
     versions,
 )
-from cmaclip_fast.classifier.explanation import explain
 from cmaclip_fast.data.check import RowPolicy, check_rows
 from cmaclip_fast.data.classes import class_names
 from cmaclip_fast.data.examples import Examples
@@ -38,11 +34,8 @@ from cmaclip_fast.data.split import split_table
 from cmaclip_fast.data.table import Table
 from cmaclip_fast.data.tokenizer import Tokenizer, TrainedTokenizer
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.evaluation.evaluate import VIEWS, Classified, classify
-from cmaclip_fast.evaluation.metrics import TaskMetrics, micro_curve
 from cmaclip_fast.files import cannot, status_of, write_json
 from cmaclip_fast.pages.report import render_report
-from cmaclip_fast.pages.views import ReportView, TaskView
 from cmaclip_fast.progress import Console
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.systems.build import build_system, system_config
@@ -51,11 +44,10 @@ from cmaclip_fast.training.checkpoint import Progression
 from cmaclip_fast.training.config import TINY_TRAINING, TrainingConfig
 from cmaclip_fast.training.log import log, log_file
 from cmaclip_fast.training.loop import fit
+from cmaclip_fast.training.measure import measure, report_view
 from cmaclip_fast.working import WorkingFolder
 
 CHECKPOINT = "checkpoint.safetensors"
-
-GALLERY = 12
 
 
 @dataclass(frozen=True)
@@ -194,7 +186,9 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         log.info("best epoch %d of %d, %.0f s", progression.best_epoch, progression.epoch, progression.seconds)
 
         model.eval()
-        metrics, answers, full = _measure(model, examples, config, run.target_precision, work, counts, progression)
+        measured = measure(model, examples, config.batch_size, run.target_precision, progression, counts)
+        write_json(work / THRESHOLDS, measured.thresholds)
+        write_json(work / METRICS, measured.record)
         columns = DataColumns(
             image=run.table.columns.image,
             text=run.table.columns.text,
@@ -206,13 +200,20 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         save_model(work, model, columns, absolute(run.table.name), config.model_dump(mode="json"))
         seconds = time.perf_counter() - started
         if run.report:
-            view = _report(
-                run, model, examples["test"], answers, full, metrics, progression, parameters, seconds, config
-            )
+            facts = {
+                "model": f"{run.model}, {parameters / 1e6:.1f} M parameters",
+                "data": f"{run.table.name}, {len(run.table)} rows",
+                "best epoch": f"{progression.best_epoch} of {progression.epoch}",
+                "seed": str(config.seed),
+                "training": f"{progression.seconds / 60:.1f} min",
+                "in all": f"{seconds / 60:.1f} min",
+            }
+            title = f"{model.title} on {Path(run.table.name).name}"
+            view = report_view(title, facts, model, examples["test"], measured, run.target_precision)
             render_report(view, work / REPORT)
         log.info("wrote %s", run.output)
         folder.finish(True)
-    return Result(run.output, metrics, progression.seconds)
+    return Result(run.output, measured.record["test"], progression.seconds)
 
 
 def _check_modalities(run: TrainingRun, system: type[System], config: TrainingConfig) -> None:
@@ -255,20 +256,9 @@ def _check_output(run: TrainingRun, folder: WorkingFolder) -> Result | None:
 
 
 def _result(directory: Path) -> Result:
-    """What `metrics.json` of a finished run says, NaN where it has null."""
-    path = directory / METRICS
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        metrics = {
-            view: {
-                task: {name: math.nan if value is None else float(value) for name, value in numbers.items()}
-                for task, numbers in tasks.items()
-            }
-            for view, tasks in said["test"].items()
-        }
-        return Result(directory, metrics, float(said["seconds"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path}: is damaged: restore it, or train again with --overwrite") from None
+    """What `metrics.json` of a finished run says."""
+    metrics = load_metrics(directory)
+    return Result(directory, metrics.test, metrics.seconds)
 
 
 def _prepare(run: TrainingRun, config: TrainingConfig) -> tuple[dict[str, Table], dict[str, int]]:
@@ -320,137 +310,3 @@ def _weights_digests(run: TrainingRun) -> list[str]:
     if isinstance(text, str | Path) and Path(text).is_dir():
         paths += sorted(Path(text).iterdir())
     return [file_digest(path) for path in paths if path.is_file()]
-
-
-def _measure(
-    model: System,
-    examples: dict[str, Examples],
-    config: TrainingConfig,
-    target: float,
-    work: Path,
-    counts: dict[str, int],
-    progression: Progression,
-) -> tuple[dict[str, dict[str, dict[str, float]]], Classified, dict[str, TaskMetrics]]:
-    """Measures the test rows in every view, sets thresholds on the validation rows, writes both as JSON.
-
-    Returns:
-        The headline numbers of every view; of the whole view the answers and all metrics.
-    """
-    device = next(model.parameters()).device
-
-    def whole(split: str) -> Classified:
-        return classify(model, examples[split], config.batch_size, device, with_probabilities=True)
-
-    validation = whole("validation").metrics(target)
-    thresholds = {
-        task: {
-            "target_precision": target,
-            "task": m.threshold,
-            "classes": dict(zip(model.tasks[task], m.class_threshold, strict=True)),
-        }
-        for task, m in validation.items()
-    }
-    write_json(work / THRESHOLDS, thresholds)
-    both = whole("test")
-    full = both.metrics(target)
-    both.probabilities.clear()  # with thousands of classes they take much memory
-    metrics = {"both": {task: m.headline() for task, m in full.items()}}
-    for view in VIEWS:
-        if view not in metrics:
-            metrics[view] = classify(model, examples["test"], config.batch_size, device, view).headlines(target)
-    record = {
-        "target_precision": target,
-        "test": metrics,
-        "validation": {task: m.headline() for task, m in validation.items()},
-        "modality_weights": mean_weights(both),
-        "history": progression.history,
-        "best_epoch": progression.best_epoch,
-        "seconds": progression.seconds,
-        "counts": counts,
-        "classes": {task: m.per_class(model.tasks[task]) for task, m in full.items()},
-    }
-    write_json(work / METRICS, record)
-    return metrics, both, full
-
-
-def mean_weights(answers: Classified) -> dict[str, dict[str, float]] | None:
-    """For each task the mean weights of text and image over the rows that have both."""
-    if answers.weights is None:
-        return None
-    both = answers.present.all(1)
-    if not both.any():
-        return None
-    means = {task: weights[both].mean(0).tolist() for task, weights in answers.weights.items()}
-    return {task: {"text": text, "image": image} for task, (text, image) in means.items()}
-
-
-def _report(
-    run: TrainingRun,
-    model: System,
-    test: Examples,
-    answers: Classified,
-    full: dict[str, TaskMetrics],
-    metrics: dict[str, dict[str, dict[str, float]]],
-    progression: Progression,
-    parameters: int,
-    seconds: float,
-    config: TrainingConfig,
-) -> ReportView:
-    right, wrong = gallery_rows(answers)
-    names = {"both": "test", "text alone": "test, text alone", "image alone": "test, image alone"}
-    return ReportView(
-        title=f"{model.title} on {Path(run.table.name).name}",
-        summary={
-            "model": f"{run.model}, {parameters / 1e6:.1f} M parameters",
-            "data": f"{run.table.name}, {len(run.table)} rows",
-            "best epoch": f"{progression.best_epoch} of {progression.epoch}",
-            "seed": str(config.seed),
-            "training": f"{progression.seconds / 60:.1f} min",
-            "in all": f"{seconds / 60:.1f} min",
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
-            + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
-            "torch": torch.__version__,
-        },
-        history=progression.history,
-        splits={names[view]: tasks for view, tasks in metrics.items()},
-        tasks=[_task_view(model, task, m, answers) for task, m in full.items()],
-        right=explain(model, test.table.select(right)),
-        wrong=explain(model, test.table.select(wrong)),
-        target_precision=run.target_precision,
-    )
-
-
-def _task_view(model: System, task: str, metrics: TaskMetrics, answers: Classified) -> TaskView:
-    precision, recall = micro_curve(answers.confidence[task], answers.predicted[task], answers.labels[task])
-    return TaskView(
-        name=task,
-        classes=model.tasks[task],
-        metrics=metrics.headline(),
-        per_class=metrics.per_class(model.tasks[task]),
-        confusion=coo_array(
-            (metrics.confusion.values().numpy(), metrics.confusion.indices().numpy()), shape=metrics.confusion.shape
-        ),
-        weights=None if answers.weights is None else answers.weights[task].numpy(),
-        precision_curve=precision.numpy(),
-        recall_curve=recall.numpy(),
-    )
-
-
-def gallery_rows(answers: Classified, number: int = GALLERY) -> tuple[list[int], list[int]]:
-    """Rows to show: right in every task, and wrong in at least one, each the surest half and a spread of the rest."""
-    surest = torch.stack(list(answers.confidence.values())).mean(0)
-    wrong = torch.zeros(len(surest), dtype=torch.bool)
-    labelled = torch.zeros(len(surest), dtype=torch.bool)
-    for task, predicted in answers.predicted.items():
-        labels = answers.labels[task]
-        labelled |= labels >= 0
-        wrong |= (labels >= 0) & (predicted != labels)
-
-    def pick(mask: torch.Tensor) -> list[int]:
-        rows = mask.nonzero().flatten()
-        ordered = rows[surest[rows].argsort(descending=True)]
-        head, rest = ordered[: number // 2], ordered[number // 2 :]
-        step = max(1, len(rest) // max(1, number - len(head)))
-        return torch.cat([head, rest[::step][: number - len(head)]]).tolist()
-
-    return pick(labelled & ~wrong), pick(wrong)

@@ -1,0 +1,167 @@
+"""What is measured of a trained model: thresholds, metrics, and the view of its report."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.sparse import coo_array
+
+from cmaclip_fast.classifier.explanation import explain
+from cmaclip_fast.data.examples import Examples
+from cmaclip_fast.evaluation.evaluate import VIEWS, Classified, classify
+from cmaclip_fast.evaluation.metrics import TaskMetrics, micro_curve
+from cmaclip_fast.pages.views import ReportView, TaskView
+from cmaclip_fast.systems.base import System
+from cmaclip_fast.training.checkpoint import Progression
+
+GALLERY = 12
+
+
+@dataclass
+class Measured:
+    """Measurements of a trained model.
+
+    Attributes:
+        thresholds: what `thresholds.json` holds.
+        record: what `metrics.json` holds.
+        answers: predictions for the test rows, without the probabilities of every class.
+        tasks: all metrics of each task on the test rows.
+    """
+
+    thresholds: dict[str, Any]
+    record: dict[str, Any]
+    answers: Classified
+    tasks: dict[str, TaskMetrics]
+
+
+def measure(
+    model: System,
+    examples: dict[str, Examples],
+    batch_size: int,
+    target_precision: float,
+    progression: Progression,
+    counts: dict[str, int],
+) -> Measured:
+    """Measures the test rows in every view and chooses thresholds on the validation rows.
+
+    Args:
+        examples: the splits `validation` and `test`.
+        counts: how many rows were bad or truncated, and in what way.
+    """
+    device = next(model.parameters()).device
+
+    def whole(split: str) -> Classified:
+        return classify(model, examples[split], batch_size, device, with_probabilities=True)
+
+    validation = whole("validation").metrics(target_precision)
+    thresholds = {
+        task: {
+            "target_precision": target_precision,
+            "task": m.threshold,
+            "classes": dict(zip(model.tasks[task], m.class_threshold, strict=True)),
+        }
+        for task, m in validation.items()
+    }
+    both = whole("test")
+    full = both.metrics(target_precision)
+    both.probabilities.clear()  # with thousands of classes they take much memory
+    metrics = {"both": {task: m.headline() for task, m in full.items()}}
+    for view in VIEWS:
+        if view not in metrics:
+            answers = classify(model, examples["test"], batch_size, device, view)
+            metrics[view] = answers.headlines(target_precision)
+    record = {
+        "target_precision": target_precision,
+        "test": metrics,
+        "validation": {task: m.headline() for task, m in validation.items()},
+        "modality_weights": mean_weights(both),
+        "history": progression.history,
+        "best_epoch": progression.best_epoch,
+        "seconds": progression.seconds,
+        "counts": counts,
+        "classes": {task: m.per_class(model.tasks[task]) for task, m in full.items()},
+    }
+    return Measured(thresholds, record, both, full)
+
+
+def mean_weights(answers: Classified) -> dict[str, dict[str, float]] | None:
+    """For each task the mean weights of text and image over the rows that have both."""
+    if answers.weights is None:
+        return None
+    both = answers.present.all(1)
+    if not both.any():
+        return None
+    means = {task: weights[both].mean(0).tolist() for task, weights in answers.weights.items()}
+    return {task: {"text": text, "image": image} for task, (text, image) in means.items()}
+
+
+def report_view(
+    title: str,
+    facts: dict[str, str],
+    model: System,
+    test: Examples,
+    measured: Measured,
+    target_precision: float,
+) -> ReportView:
+    """The report of a training run.
+
+    Args:
+        facts: shown at its top; the machine and the version of PyTorch are added.
+        test: the test rows, some of which are shown.
+    """
+    right, wrong = gallery_rows(measured.answers)
+    names = {"both": "test", "text alone": "test, text alone", "image alone": "test, image alone"}
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return ReportView(
+        title=title,
+        summary={
+            **facts,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}",
+            "torch": torch.__version__,
+        },
+        history=measured.record["history"],
+        splits={names[view]: tasks for view, tasks in measured.record["test"].items()},
+        tasks=[_task_view(model, task, m, measured.answers) for task, m in measured.tasks.items()],
+        right=explain(model, test.table.select(right)),
+        wrong=explain(model, test.table.select(wrong)),
+        target_precision=target_precision,
+    )
+
+
+def _task_view(model: System, task: str, metrics: TaskMetrics, answers: Classified) -> TaskView:
+    precision, recall = micro_curve(answers.confidence[task], answers.predicted[task], answers.labels[task])
+    return TaskView(
+        name=task,
+        classes=model.tasks[task],
+        metrics=metrics.headline(),
+        per_class=metrics.per_class(model.tasks[task]),
+        confusion=coo_array(
+            (metrics.confusion.values().numpy(), metrics.confusion.indices().numpy()), shape=metrics.confusion.shape
+        ),
+        weights=None if answers.weights is None else answers.weights[task].numpy(),
+        precision_curve=precision.numpy(),
+        recall_curve=recall.numpy(),
+    )
+
+
+def gallery_rows(answers: Classified, number: int = GALLERY) -> tuple[list[int], list[int]]:
+    """Rows to show: right in every task, and wrong in at least one, each the surest half and a spread of the rest."""
+    surest = torch.stack(list(answers.confidence.values())).mean(0)
+    wrong = torch.zeros(len(surest), dtype=torch.bool)
+    labelled = torch.zeros(len(surest), dtype=torch.bool)
+    for task, predicted in answers.predicted.items():
+        labels = answers.labels[task]
+        labelled |= labels >= 0
+        wrong |= (labels >= 0) & (predicted != labels)
+
+    def pick(mask: torch.Tensor) -> list[int]:
+        rows = mask.nonzero().flatten()
+        ordered = rows[surest[rows].argsort(descending=True)]
+        head, rest = ordered[: number // 2], ordered[number // 2 :]
+        step = max(1, len(rest) // max(1, number - len(head)))
+        return torch.cat([head, rest[::step][: number - len(head)]]).tolist()
+
+    return pick(labelled & ~wrong), pick(wrong)
