@@ -71,7 +71,7 @@ def record(folder: Path, seed: int) -> dict[str, Any]:
     if not (folder / METRICS).is_file():
         table = read_table("openclipart")
         resume = (partial_directory(folder) / CHECKPOINT).is_file()
-        train(TrainingRun(table, folder, training_options={"seed": seed}, resume=resume), console)
+        train(TrainingRun(table=table, output=folder, training_options={"seed": seed}, resume=resume), console)
     page = folder / "explain.html"
     if not page.is_file():
         rows = read_table("openclipart", split="test").select(EXPLAINED)

@@ -47,6 +47,17 @@ class Batch:
             None if self.rows is None else self.rows.to(device, non_blocking=non_blocking),
         )
 
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which copies to a GPU run in the background."""
+        return Batch(
+            self.images.pin_memory(),
+            self.tokens.pin_memory(),
+            self.text_lengths.pin_memory(),
+            self.present.pin_memory(),
+            {task: labels.pin_memory() for task, labels in self.labels.items()},
+            None if self.rows is None else self.rows.pin_memory(),
+        )
+
     def keep(self, text: bool = True, image: bool = True) -> Batch:
         """The same batch with a modality hidden; a row that has only the hidden one is left with neither."""
         kept = torch.tensor([text, image], device=self.present.device)

@@ -35,6 +35,7 @@ from cmaclip_fast.errors import InputError
 from cmaclip_fast.files import write_json, write_tensors
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.systems.build import build_system, system_config
+from cmaclip_fast.systems.presets import TINY, preset
 from cmaclip_fast.systems.pretrained import load_tokenizer
 from cmaclip_fast.systems.registry import find_system
 from cmaclip_fast.systems.taxonomy import parent_numbers
@@ -254,12 +255,12 @@ def _build(config: ArtifactConfig, header: Header, weights: Path) -> System:
         InputError: the configuration is not one that can be built, or not that of the weights.
     """
     system, _ = find_system(config.system)
-    name = str(config.model.get("name", "tiny"))
+    name = str(config.model.get("name", TINY))
     settings = system_config(system, name, config.model)
     for field in ("text_tower", "image_tower"):
         if isinstance(getattr(settings, field, None), str):
             raise InputError(f"field 'model.{field}': names a file or folder elsewhere: train again")
-    if settings.name != "tiny" and settings.clip is None:
+    if not preset(settings.name).is_ours and settings.clip is None:
         raise InputError(f"field 'model.clip': is missing, so '{name}' would be looked for elsewhere: train again")
     tokenizer = load_tokenizer(config.tokenizer)
     most = sum(math.prod(shape) for shape, _ in header.values())

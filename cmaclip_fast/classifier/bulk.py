@@ -57,7 +57,7 @@ PART = b"part"
 Span = tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BulkRun:
     """What is labelled, and how.
 

@@ -14,6 +14,7 @@ from cmaclip_fast.cli.options import (
     MAX_PIXELS,
     BadRows,
     BadRowsOption,
+    DeviceOption,
     ImageDirOption,
     ImageOption,
     ImageTowerOption,
@@ -77,6 +78,7 @@ def compare(
     keep_models: Annotated[
         bool, typer.Option("--keep-models", help="Keep each run's model folder with its report.")
     ] = False,
+    device: DeviceOption = "auto",
     jobs: Annotated[int, typer.Option(min=1, help="Parallel runs; they share the CPU cores.")] = 1,
 ) -> None:
     """Train systems with the same towers and budget, and compare them: tables, significance tests and noise curves.
@@ -91,12 +93,13 @@ def compare(
     """
     from cmaclip_fast.data.noise import parse_noise
     from cmaclip_fast.pages.comparison import write_page
+    from cmaclip_fast.systems.presets import preset
     from cmaclip_fast.training import comparison as c
 
     names = tuple(name.strip() for name in systems.split(",")) if systems else c.SYSTEMS
     model_options, training_options = parse_options(option or [], names)
     if quick:
-        model_options = {**(c.QUICK_MODEL if model == "tiny" else {}), **model_options}
+        model_options = {**preset(model).quick, **model_options}
         training_options = {**c.QUICK_TRAINING, **training_options}
     training_options |= {} if epochs is None else {"epochs": epochs}
     towers = {"text_tower": text_tower, "image_tower": image_tower}
@@ -108,26 +111,35 @@ def compare(
         for spec in attempt or []
     )
     comparison = c.Comparison(
-        {
-            Path(source).name: read_columns(source, image, text, task, None, image_dir, max_image_pixels, split_column)
+        tables={
+            Path(source).name: read_columns(
+                source,
+                image=image,
+                text=text,
+                tasks=task,
+                image_dir=image_dir,
+                max_image_pixels=max_image_pixels,
+                split_column=split_column,
+            )
             for source in data
         },
-        output,
-        names,
-        _numbers(seeds),
-        model,
-        pretrained,
-        model_options,
-        training_options,
-        tries,
-        c.QUICK_KINDS if quick else c.Comparison.kinds,
-        None if training_noise is None else parse_noise(training_noise),
-        None if train_on is None else _column_value(train_on),
-        by,
-        limits or None,
-        precision,
-        on_bad_rows.value,
-        keep_models,
+        output=output,
+        systems=names,
+        seeds=_numbers(seeds),
+        model=model,
+        pretrained=pretrained,
+        model_options=model_options,
+        training_options=training_options,
+        tries=tries,
+        kinds=c.QUICK_KINDS if quick else c.Comparison.kinds,
+        training_noise=None if training_noise is None else parse_noise(training_noise),
+        train_on=None if train_on is None else _column_value(train_on),
+        by=by,
+        rows=limits or None,
+        target_precision=precision,
+        on_bad_rows=on_bad_rows.value,
+        keep_models=keep_models,
+        device=device,
     )
     if len(comparison.tables) < len(data):
         raise InputError("--data: two have the same name: rename one")

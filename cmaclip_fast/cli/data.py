@@ -87,7 +87,9 @@ def data_show(
     """
     from cmaclip_fast.data.catalog import describe
 
-    found = describe(read_columns(name, image, text, task, None, image_dir, MAX_PIXELS))
+    found = describe(
+        read_columns(name, image=image, text=text, tasks=task, image_dir=image_dir, max_image_pixels=MAX_PIXELS)
+    )
     facts = RichTable.grid(padding=(0, 2))
     facts.add_row("name", found.name)
     facts.add_row("rows", listed([f"{clipped(split, 60)} {rows:,}" for split, rows in found.rows.items()]))

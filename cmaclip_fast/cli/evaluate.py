@@ -70,7 +70,18 @@ def evaluate(
     if json_file is not None:
         check_output_file(json_file, overwrite=True)
     model, config = load(directory, device)
-    source = Source(data, image, text, task, None, image_dir, split, split_column, on_bad_rows.value, max_image_pixels)
+    source = Source(
+        data=data,
+        image=image,
+        text=text,
+        tasks=task,
+        keys=None,
+        image_dir=image_dir,
+        split=split,
+        split_column=split_column,
+        on_bad_rows=on_bad_rows.value,
+        max_image_pixels=max_image_pixels,
+    )
     table, counts = checked_rows(source, config)
     if json_file is not None:
         check_output_file(json_file, overwrite=True, inputs=files_read(directory, table))

@@ -52,7 +52,18 @@ def explain(
 
     check_output_file(output, overwrite)
     model, config = load(directory, device)
-    source = Source(data, image, text, task, key, image_dir, split, split_column, "error", max_image_pixels)
+    source = Source(
+        data=data,
+        image=image,
+        text=text,
+        tasks=task,
+        keys=key,
+        image_dir=image_dir,
+        split=split,
+        split_column=split_column,
+        on_bad_rows="error",
+        max_image_pixels=max_image_pixels,
+    )
     table = chosen_rows(source, config)
     check_output_file(output, overwrite, files_read(directory, table))
     for number in row:

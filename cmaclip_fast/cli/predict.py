@@ -68,18 +68,29 @@ def predict(
 
     check_output_file(output, overwrite)
     config = load_config(directory)
-    source = Source(data, image, text, [], key, image_dir, split, split_column, on_bad_rows.value, max_image_pixels)
+    source = Source(
+        data=data,
+        image=image,
+        text=text,
+        tasks=[],
+        keys=key,
+        image_dir=image_dir,
+        split=split,
+        split_column=split_column,
+        on_bad_rows=on_bad_rows.value,
+        max_image_pixels=max_image_pixels,
+    )
     bulk = BulkRun(
-        directory,
-        chosen_rows(source, config),
-        output,
-        on_bad_rows.value,
-        batch_size,
-        None if device == "auto" else device if engine is EngineName.ray else device_name(device),
-        engine.value,
-        workers,
-        resume,
-        overwrite,
+        model=directory,
+        table=chosen_rows(source, config),
+        output=output,
+        policy=on_bad_rows.value,
+        batch_size=batch_size,
+        device=None if device == "auto" else device if engine is EngineName.ray else device_name(device),
+        engine=engine.value,
+        workers=workers,
+        resume=resume,
+        overwrite=overwrite,
     )
     try:
         counts = predict_table(bulk, config.tasks, err)

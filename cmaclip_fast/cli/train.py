@@ -13,6 +13,7 @@ from cmaclip_fast.cli.options import (
     BadRows,
     BadRowsOption,
     DataOption,
+    DeviceOption,
     ImageDirOption,
     ImageOption,
     ImageTowerOption,
@@ -34,12 +35,18 @@ from cmaclip_fast.signals import exit_code
 
 
 def _recipe(context: typer.Context, file: Path | None) -> Path | None:
-    """Makes the options of a recipe the defaults of the command; what the command line says goes before."""
+    """Makes the options of a recipe the defaults of the command; command-line options override them."""
     if file is not None:
         from cmaclip_fast.training.recipes import read_recipe
 
         context.default_map = read_recipe(file, {parameter.name or "" for parameter in context.command.params})
     return file
+
+
+def _workers(text: str) -> int | str:
+    if text == "auto" or text.isdecimal():
+        return text if text == "auto" else int(text)
+    raise InputError(f"--workers {text}: give a number of processes, or auto")
 
 
 def train(
@@ -87,8 +94,16 @@ def train(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed. On a CPU the same seed gives the same weights.")] = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Data loading processes.")] = 0,
-    mixed_precision: Annotated[str, typer.Option(help="Mixed precision: `no`, `bf16` or `fp16`.")] = "no",
+    device: DeviceOption = "auto",
+    workers: Annotated[
+        str, typer.Option(help="Data loading processes: a number, or `auto` to choose it from the first batches.")
+    ] = "auto",
+    mixed_precision: Annotated[
+        str, typer.Option(help="Mixed precision: `no`, `bf16`, `fp16`, or `auto`: `bf16` on a GPU that has it.")
+    ] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Use torch.compile; the first steps take minutes.")
+    ] = False,
     precision: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Target precision for thresholds and recall.")
     ] = 0.9,
@@ -118,7 +133,17 @@ def train(
     if not separator.strip():
         raise InputError("--separator: is empty: give what stands between the names of a path, such as '>' or '/'")
     taxonomies = tuple(Taxonomy(column, separator) for column in taxonomy or [])
-    table = read_columns(data, image, text, task, key, image_dir, max_image_pixels, split_column, taxonomies=taxonomies)
+    table = read_columns(
+        data,
+        image=image,
+        text=text,
+        tasks=task,
+        keys=key,
+        image_dir=image_dir,
+        max_image_pixels=max_image_pixels,
+        split_column=split_column,
+        taxonomies=taxonomies,
+    )
     model_options, training_options = parse_options(option or [], [system])
     if not sequence_attention:
         model_options["sequence_attention"] = False
@@ -128,7 +153,9 @@ def train(
         model_options["vectors"] = vectors.value
     towers = {"text_tower": text_tower, "image_tower": image_tower}
     model_options |= {name: value for name, value in towers.items() if value is not None}
-    training_options |= {"seed": seed, "workers": workers, "mixed_precision": mixed_precision}
+    training_options |= {"seed": seed, "workers": _workers(workers), "mixed_precision": mixed_precision}
+    if compiled:
+        training_options["compile"] = True
     given = {
         "epochs": epochs,
         "contrastive_epochs": contrastive_epochs,
@@ -139,18 +166,19 @@ def train(
     }
     training_options |= {name: value for name, value in given.items() if value is not None}
     run = TrainingRun(
-        table,
-        output,
-        system,
-        model,
-        pretrained,
-        model_options,
-        training_options,
-        split_column,
-        on_bad_rows.value,
-        precision,
-        overwrite,
-        resume,
+        table=table,
+        output=output,
+        system=system,
+        model=model,
+        pretrained=pretrained,
+        model_options=model_options,
+        training_options=training_options,
+        split_column=split_column,
+        on_bad_rows=on_bad_rows.value,
+        target_precision=precision,
+        overwrite=overwrite,
+        resume=resume,
+        device=device,
     )
     try:
         result = run_training(run, err)

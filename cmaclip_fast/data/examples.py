@@ -188,7 +188,13 @@ class EpochSampler(Sampler[int]):
 
 
 def make_loader(
-    examples: Examples, batch_size: int, shuffle: bool, seed: int = 0, workers: int = 0, drop_last: bool = False
+    examples: Examples,
+    batch_size: int,
+    shuffle: bool,
+    seed: int = 0,
+    workers: int = 0,
+    drop_last: bool = False,
+    pin_memory: bool = False,
 ) -> DataLoader[Batch]:
     """Batches of the examples. Call `examples.set_epoch` before each pass; `workers` changes the speed alone."""
     return DataLoader(
@@ -198,5 +204,6 @@ def make_loader(
         num_workers=workers,
         collate_fn=collate,
         drop_last=drop_last,
+        pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(seed),  # else each pass draws from the generator that dropout uses
     )

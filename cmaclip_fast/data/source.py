@@ -43,12 +43,13 @@ class TrainedOn:
 
 def read_columns(
     data: str,
-    image: str | None,
-    text: str | None,
-    tasks: list[str] | None,
-    keys: list[str] | None,
-    image_dir: Path | None,
+    *,
     max_image_pixels: int,
+    image: str | None = None,
+    text: str | None = None,
+    tasks: list[str] | None = None,
+    keys: list[str] | None = None,
+    image_dir: Path | None = None,
     split_column: str | None = None,
     split: str | None = None,
     any_columns: bool = False,
@@ -62,7 +63,7 @@ def read_columns(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """The rows that a trained model is to be run on, as the command line names them."""
 
@@ -92,7 +93,7 @@ class Source:
         source = self.data or trained.source
         image_dir = self.image_dir or (Path(known.image_dir) if again and known.image_dir else None)
         split_column = self.split_column or (known.split if again else None)
-        found = read_columns(source, None, None, None, None, image_dir, self.max_image_pixels, any_columns=True)
+        found = read_columns(source, image_dir=image_dir, max_image_pixels=self.max_image_pixels, any_columns=True)
         columns = found.column_names
         image, text = (
             given or (name if name in columns else None)

@@ -1,4 +1,4 @@
-"""Builds a system by name: its towers with their weights, preprocessing and tokenizer, and the preset `tiny`."""
+"""Builds a system by name: its towers with their weights, preprocessing and tokenizer."""
 
 from __future__ import annotations
 
@@ -19,26 +19,14 @@ from cmaclip_fast.data.tokenizer import OpenClipTokenizer, Tokenizer
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.nn.tiny import TinyCLIP
 from cmaclip_fast.systems.base import System
-from cmaclip_fast.systems.cma_clip import CMACLIP, CMACLIPConfig
+from cmaclip_fast.systems.cma_clip import CMACLIP
+from cmaclip_fast.systems.presets import preset
 from cmaclip_fast.systems.pretrained import (
     note_open_clip,
     rebuild_open_clip,
     with_other_towers,
 )
 from cmaclip_fast.systems.registry import find_system
-
-TINY = CMACLIPConfig(
-    name="tiny",
-    image_size=96,
-    context_length=32,
-    width=128,
-    depth=1,
-    heads=4,
-    dropout=0.1,
-    head_dropout=0.3,
-    auxiliary_heads=True,
-)
-"""Our small CLIP, for training from scratch on a CPU."""
 
 
 def create_model(
@@ -76,11 +64,13 @@ def build_clip(
     Args:
         modalities: whether the system reads the text, and the image; a model that is built again has no other tower.
     """
-    if config.name == "tiny":
+    if preset(config.name).is_ours:
         if pretrained is not None:
-            raise InputError("'tiny' has no pretrained weights: leave out --pretrained, or name an open_clip model")
+            raise InputError(
+                f"'{config.name}' has no pretrained weights: leave out --pretrained, or name an open_clip model"
+            )
         tokenizer = tokenizer or OpenClipTokenizer("ViT-B-32", context_length=config.context_length)
-        size, context = config.image_size or 96, tokenizer.context_length
+        size, context = config.image_size or preset(config.name).model["image_size"], tokenizer.context_length
         config = config.model_copy(update={"image_size": size, "context_length": context})
         try:
             pieces = tokenizer.pieces() if config.text_tower is None else [""]
@@ -153,9 +143,8 @@ def system_config(system: type[System], name: str, options: Mapping[str, Any]) -
     Raises:
         InputError: an unknown option, or a value that does not fit.
     """
-    base: dict[str, Any] = {"name": name}
-    if name == "tiny":
-        base = {field: value for field, value in TINY.model_dump().items() if field in system.Config.model_fields}
+    defaults = preset(name).model.items()
+    base = {"name": name, **{field: value for field, value in defaults if field in system.Config.model_fields}}
     try:
         return system.Config.model_validate({**base, **options})
     except ValueError as error:

@@ -13,6 +13,7 @@ from cmaclip_fast.data.images import MAX_IMAGE_PIXELS
 from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.data.source import read_columns
 from cmaclip_fast.errors import InputError
+from cmaclip_fast.systems.presets import TINY
 from cmaclip_fast.systems.registry import find_system
 from cmaclip_fast.training.config import TrainingConfig
 from cmaclip_fast.training.run import TrainingRun
@@ -27,7 +28,7 @@ def train(
     text: str | None = None,
     tasks: Sequence[str] | None = None,
     taxonomies: Mapping[str, str] | None = None,
-    model: str = "tiny",
+    model: str = TINY,
     pretrained: str | None = None,
     system: str = "cma-clip",
     image_dir: str | os.PathLike[str] | None = None,
@@ -37,6 +38,7 @@ def train(
     target_precision: float = 0.9,
     overwrite: bool = False,
     resume: bool = False,
+    device: str = "auto",
     **options: Any,
 ) -> Classifier:
     """Trains a model on a table and writes its folder, as `cmaclip train` does.
@@ -58,6 +60,7 @@ def train(
         target_precision: of the thresholds and of recall at a fixed precision.
         overwrite: replace an earlier model at `output`.
         resume: continue a training towards `output` that was interrupted; the result is the same.
+        device: `cpu`, `cuda`, `cuda:1`, or `auto`: a GPU if available, for training and for the classifier.
         options: fields of the system's configuration (`depth=2`) and of `TrainingConfig` (`epochs=10`, `seed=1`).
 
     Returns:
@@ -75,18 +78,17 @@ def train(
         raise InputError(f"{unknown[0]}: no such option: choose among {', '.join(sorted(known))}")
     table = read_columns(
         os.fspath(data),
-        image,
-        text,
-        list(tasks or ()),
-        None,
-        None if image_dir is None else Path(image_dir),
-        max_image_pixels,
-        split_column,
+        image=image,
+        text=text,
+        tasks=list(tasks or ()),
+        image_dir=None if image_dir is None else Path(image_dir),
+        max_image_pixels=max_image_pixels,
+        split_column=split_column,
         taxonomies=tuple(Taxonomy(column, separator) for column, separator in (taxonomies or {}).items()),
     )
     run = TrainingRun(
-        table,
-        Path(output),
+        table=table,
+        output=Path(output),
         system=system,
         model=model,
         pretrained=pretrained,
@@ -97,6 +99,7 @@ def train(
         target_precision=target_precision,
         overwrite=overwrite,
         resume=resume,
+        device=device,
     )
     run_training(run)
-    return Classifier.load(output)
+    return Classifier.load(output, device=device)

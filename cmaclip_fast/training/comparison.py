@@ -36,6 +36,7 @@ from cmaclip_fast.pages.comparison import NUMBERS, PAGE
 from cmaclip_fast.pages.comparison_pictures import draw_attention
 from cmaclip_fast.progress import Console
 from cmaclip_fast.systems.build import create_system
+from cmaclip_fast.systems.presets import TINY, preset
 from cmaclip_fast.systems.registry import find_system
 from cmaclip_fast.training.curves import measure
 from cmaclip_fast.training.run import CHECKPOINT, TrainingRun, train
@@ -74,8 +75,6 @@ QUICK_ROWS = {"train": 1024, "validation": 384, "test": 512}
 
 QUICK_TRAINING = {"epochs": 6, "batch_size": 32, "small_epochs": 0.0}
 
-QUICK_MODEL = {"image_size": 48}
-
 QUICK_KINDS: tuple[Kind, ...] = ("text-replace", "text-drop", "image-replace", "image-drop")
 """The quick setting: fewer rows, small pictures, a short training; it shows that all works, and which way things go."""
 
@@ -102,7 +101,7 @@ class Run:
         return f"{self.system} on {self.data}, seed {self.seed}" + (f", {self.tried.name}" if self.tried else "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What is compared.
 
@@ -124,13 +123,14 @@ class Comparison:
         target_precision: for recall at a fixed precision.
         on_bad_rows: as in `TrainingRun`.
         keep_models: keep each run's artefact.
+        device: as in `TrainingRun`.
     """
 
     tables: dict[str, Table]
     output: Path
     systems: tuple[str, ...] = SYSTEMS
     seeds: tuple[int, ...] = (0, 1, 2)
-    model: str = "tiny"
+    model: str = TINY
     pretrained: str | None = None
     model_options: dict[str, Any] = field(default_factory=dict)
     training_options: dict[str, Any] = field(default_factory=dict)
@@ -143,6 +143,7 @@ class Comparison:
     target_precision: float = 0.9
     on_bad_rows: RowPolicy = "error"
     keep_models: bool = False
+    device: str = "auto"
 
     @cached_property
     def fingerprints(self) -> dict[str, dict[str, Any]]:
@@ -410,7 +411,7 @@ def _preprocessing(comparison: Comparison, table: Table) -> ImagePreprocessing:
     """What all systems read, since they have the same towers."""
     options = _known("vit", comparison.model_options)
     tasks = {task: ["any", "other"] for task in table.columns.tasks}
-    own = comparison.model != "tiny" or options.get("text_tower") is not None
+    own = not preset(comparison.model).is_ours or options.get("text_tower") is not None
     # its words do not matter here, and a small vocabulary is soon built
     tokenizer = None if own else TrainedTokenizer.train(["any"], context_length=8)
     return create_system("vit", comparison.model, tasks, tokenizer=tokenizer, **options).preprocessing
@@ -426,8 +427,8 @@ def _run(comparison: Comparison, splits: dict[str, Table], run: Run) -> dict[str
     folder.parent.mkdir(parents=True, exist_ok=True)
     model_options, training_options = comparison.options(run)
     training = TrainingRun(
-        comparison.tables[run.data],
-        folder,
+        table=comparison.tables[run.data],
+        output=folder,
         system=run.system,
         model=comparison.model,
         pretrained=comparison.pretrained,
@@ -435,6 +436,7 @@ def _run(comparison: Comparison, splits: dict[str, Table], run: Run) -> dict[str
         training_options={**training_options, "seed": run.seed},
         target_precision=comparison.target_precision,
         overwrite=True,  # one that was trained, but not measured before a kill
+        device=comparison.device,
         splits=splits,
         report=comparison.keep_models,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -10,7 +10,7 @@ from cmaclip_fast.data.augment import Augmentation
 
 
 class TrainingConfig(BaseModel):
-    """How a model is trained. The defaults fit fine-tuning a pretrained CLIP; `TINY_TRAINING` fits `tiny`.
+    """How a model is trained. The defaults fit fine-tuning a pretrained CLIP; presets have their own (`presets.py`).
 
     Attributes:
         epochs: passes over the training rows.
@@ -34,14 +34,16 @@ class TrainingConfig(BaseModel):
         ema_decay: of the running average of the weights, which is what is evaluated and kept; 0 for none.
         patience: epochs without a better validation score before training stops; 0 for never. The score counts from
             the first epoch with pictures of full size.
-        mixed_precision: of the devices that can.
+        mixed_precision: dtype of the products in the forward pass, `bf16` or `fp16`; `no` is float32, and `auto` is
+            `bf16` on a GPU that has it, else `no`.
         accumulate: batches whose gradients are added up before a step.
         checkpointing: keep only what goes into each transformer layer and compute the layer again for its gradient:
             less memory, about a third more work.
         compile: run through `torch.compile`; the first steps take minutes.
         lora_rank: of the low-rank adapters (LoRA) that are trained in place of the towers' own weights, at
             `learning_rate`, and are added to those weights at the end; 0 trains the towers themselves. Needs peft.
-        workers: processes that load data.
+        workers: processes that load data; `auto` chooses their number from the time that the first batches and steps
+            take. It changes the speed alone.
         seed: of weights, order and augmentation; a run on CPU repeats bit for bit on the same machine.
     """
 
@@ -65,12 +67,12 @@ class TrainingConfig(BaseModel):
     contrastive_epochs: int = Field(0, ge=0)
     ema_decay: float = Field(0.0, ge=0, lt=1)
     patience: int = Field(0, ge=0)
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     accumulate: int = Field(1, ge=1)
     checkpointing: bool = False
     compile: bool = False
     lora_rank: int = Field(0, ge=0)
-    workers: int = Field(0, ge=0)
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -78,25 +80,3 @@ class TrainingConfig(BaseModel):
         if self.text_dropout + self.image_dropout > 1:
             raise ValueError("text_dropout and image_dropout together are over 1, which leaves rows with neither")
         return self
-
-
-TINY_TRAINING = TrainingConfig(
-    epochs=25,
-    batch_size=64,
-    learning_rate=2e-3,
-    tower_learning_rate=2e-3,
-    clip_norm=2.0,
-    label_smoothing=0.1,
-    augmentation=Augmentation(
-        scale=(0.6, 1.6),
-        ratio=(0.75, 1.33),
-        rotation=15,
-        brightness=0,
-        contrast=0,
-        erasing=0.25,
-        word_dropout=0.3,
-    ),
-    mismatch=0.25,
-    small_epochs=0.8,
-    ema_decay=0.99,
-)

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from cmaclip_fast import signals
-from cmaclip_fast.data.examples import Examples, make_loader
+from cmaclip_fast.data.examples import Examples
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation.evaluate import classify
 from cmaclip_fast.nn.tiny import STRIDE
 from cmaclip_fast.progress import rate_bar
 from cmaclip_fast.systems.base import System
+from cmaclip_fast.systems.presets import TINY, preset
 from cmaclip_fast.systems.pretrained import TimmImage
 from cmaclip_fast.training.checkpoint import Progression, load_checkpoint, save_checkpoint
 from cmaclip_fast.training.config import TrainingConfig
+from cmaclip_fast.training.loading import Loading
 from cmaclip_fast.training.log import log
 from cmaclip_fast.training.lora import add_adapters, merge_adapters
 from cmaclip_fast.training.memory import Meter
 from cmaclip_fast.training.objective import Objective
-from cmaclip_fast.types import Batch
 
 
 def fit(
@@ -39,39 +42,49 @@ def fit(
     checkpoint: Path,
     console: Console,
     target_precision: float = 0.9,
+    device: torch.device | None = None,
 ) -> Progression:
     """Trains `model` in place and leaves it with the weights of its best epoch.
 
     Args:
         checkpoint: file written after every epoch; where it exists, training goes on from it to the same result.
         console: for the progress bar.
+        device: a GPU or the CPU; None is the CPU. Products of float32 run as TF32 on a GPU.
 
     Raises:
         InputError: the checkpoint is damaged or of another model; with `lora_rank` peft is missing, or there is nothing
             to adapt.
     """
+    device = device or torch.device("cpu")
+    with _fast_products(device), torch.cuda.device(device if device.type == "cuda" else -1):
+        return _fit(model, training, validation, config, checkpoint, console, target_precision, device)
+
+
+def _fit(
+    model: System,
+    training: Examples,
+    validation: Examples,
+    config: TrainingConfig,
+    checkpoint: Path,
+    console: Console,
+    target_precision: float,
+    device: torch.device,
+) -> Progression:
     adapted = add_adapters(model, config.lora_rank) if config.lora_rank else []
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.accumulate,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    accelerator = _accelerator(config, device)
     objective = Objective(model, config, training.has_images)
-    if config.small_epochs and (model.config.name != "tiny" or model.config.image_tower is not None):
+    if config.small_epochs and (not preset(model.config.name).is_ours or model.config.image_tower is not None):
         name = model.config.name if model.config.image_tower is None else model.config.image_tower.model
-        raise InputError(f"small_epochs: '{name}' reads pictures of one size: leave it 0, or train 'tiny'")
+        raise InputError(f"small_epochs: '{name}' reads pictures of one size: leave it 0, or train '{TINY}'")
     # one kernel for a tensor, where the default runs ten small ones
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98), fused=True)
-    loader = make_loader(
-        training, config.batch_size, shuffle=True, seed=config.seed, workers=config.workers, drop_last=True
-    )
-    if len(loader) == 0:
+    loading = Loading(training, config, accelerator)
+    if len(loading) == 0:
         raise InputError(
             f"{len(training)} training rows are fewer than one batch of {config.batch_size}: lower --batch-size"
         )
     model.set_checkpointing(config.checkpointing)
-    objective, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
+    objective, optimizer = accelerator.prepare(objective, optimizer)
     step = torch.compile(objective) if config.compile else objective
     meter = Meter(accelerator.device)
     held = meter.reset()
@@ -82,12 +95,12 @@ def fit(
         progress_state = load_checkpoint(checkpoint, model, average, optimizer, best)
         log.info("resumed after epoch %d", progress_state.epoch)
 
-    steps = math.ceil(len(loader) / config.accumulate)
+    steps = math.ceil(len(loading) / config.accumulate)
     stages = config.contrastive_epochs + config.epochs
     schedule = _schedule(config, steps)
     kept = model if average is None else cast(System, average.module)
     with signals.steps(), rate_bar(console, "steps", accelerator.is_local_main_process) as bar:
-        task = bar.add_task("training", total=stages * len(loader), completed=progress_state.epoch * len(loader))
+        task = bar.add_task("training", total=stages * len(loading), completed=progress_state.epoch * len(loading))
         while progress_state.epoch < stages:
             epoch = progress_state.epoch
             if config.patience and epoch - progress_state.best_epoch >= config.patience and progress_state.best_epoch:
@@ -100,12 +113,9 @@ def fit(
             torch.manual_seed(config.seed * 1_000_003 + epoch)
             training.side = _side(model, config, epoch)
             meter.reset()
-            loader.set_epoch(epoch)
             objective.train()
             total = torch.zeros((), device=accelerator.device)
-            waited, asked = 0.0, time.perf_counter()
-            for batch in _until_stopped(loader):
-                waited += time.perf_counter() - asked
+            for batch in loading.epoch(epoch):
                 with accelerator.accumulate(objective):
                     loss, report = step(batch, contrastive)
                     accelerator.backward(loss)
@@ -121,8 +131,7 @@ def fit(
                 total += report
                 bar.advance(task)
                 signals.check()
-                asked = time.perf_counter()
-            train_loss = float(accelerator.reduce(total, "mean")) / len(loader)
+            train_loss = float(accelerator.reduce(total, "mean")) / len(loading)
             train_seconds = time.perf_counter() - started
             if not math.isfinite(train_loss):
                 raise InputError(
@@ -134,8 +143,8 @@ def fit(
                 "contrastive": float(contrastive),
                 "train_loss": train_loss,
                 "learning_rate": config.learning_rate * schedule(progress_state.step - 1),
-                "rows_per_second": len(loader) * config.batch_size * accelerator.num_processes / train_seconds,
-                "waiting_for_data": waited / train_seconds,
+                "rows_per_second": len(loading) * config.batch_size * accelerator.num_processes / train_seconds,
+                "waiting_for_data": loading.waited / train_seconds,
             }
             if held is not None and (peak := meter.peak()) is not None:
                 # with gradients, the optimizer's state and what the first batches leave behind
@@ -159,13 +168,46 @@ def fit(
     return progress_state
 
 
-def _until_stopped(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches of a loader; a signal that has ended its processes too ends the run as it would have without them."""
+def mixed_precision(config: TrainingConfig, device: torch.device) -> Literal["no", "bf16", "fp16"]:
+    """What `auto` stands for on a device.
+
+    Raises:
+        InputError: fp16 on a CPU.
+    """
+    if config.mixed_precision == "auto":
+        has = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has else "no"
+    if config.mixed_precision == "fp16" and device.type != "cuda":
+        raise InputError("mixed precision fp16 needs a GPU: use auto, no or bf16")
+    return config.mixed_precision
+
+
+@contextlib.contextmanager
+def _fast_products(device: torch.device) -> Iterator[None]:
+    """Products of float32 as TF32 on a GPU that has it; on a CPU nothing changes."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
     try:
-        yield from loader
-    except RuntimeError:
-        signals.check()
-        raise
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def _accelerator(config: TrainingConfig, device: torch.device) -> Accelerator:
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process may train several times, on other devices
+    return Accelerator(
+        cpu=device.type != "cuda",
+        mixed_precision=mixed_precision(config, device),
+        gradient_accumulation_steps=config.accumulate,
+        dataloader_config=DataLoaderConfiguration(non_blocking=device.type == "cuda"),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
 
 
 def validate(
@@ -239,7 +281,10 @@ def _side(model: System, config: TrainingConfig, epoch: int) -> int | None:
 
 
 def _schedule(config: TrainingConfig, steps: int) -> Callable[[int], float]:
-    """Share of the peak rate at each step: linear warm-up, then a cosine; anew for the tasks after a warm start."""
+    """Share of the peak rate at each step: linear warm-up, then a cosine, again for the tasks after a warm start.
+
+    A function of the step alone, unlike PyTorch's `SequentialLR`, so that a checkpoint holds no state of a scheduler.
+    """
 
     def share(step: int) -> float:
         first = config.contrastive_epochs * steps

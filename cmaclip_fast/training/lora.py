@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.nn.low_rank import LowRank
+from cmaclip_fast.systems.presets import preset
 
 if TYPE_CHECKING:
     from cmaclip_fast.systems.base import System
@@ -37,7 +38,7 @@ def add_adapters(model: System, rank: int) -> list[Any]:
     except ImportError:
         raise InputError("lora_rank needs peft: pip install 'cmaclip_fast[lora]'") from None
     sides = [side for side in ("image_tower", "text_tower") if hasattr(model, side)]
-    if model.config.name == "tiny":
+    if preset(model.config.name).is_ours:
         sides = [side for side in sides if getattr(model.config, side) is not None]
     if not sides:
         raise InputError(

@@ -25,6 +25,7 @@ from cmaclip_fast.classifier.artifact import (
     save_model,
     versions,
 )
+from cmaclip_fast.classifier.engine import choose_device
 from cmaclip_fast.data.check import RowPolicy, check_rows
 from cmaclip_fast.data.classes import class_names
 from cmaclip_fast.data.examples import Examples
@@ -39,18 +40,19 @@ from cmaclip_fast.pages.report import render_report
 from cmaclip_fast.progress import Console
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.systems.build import build_system, system_config
+from cmaclip_fast.systems.presets import TINY, preset
 from cmaclip_fast.systems.registry import find_system
 from cmaclip_fast.training.checkpoint import Progression
-from cmaclip_fast.training.config import TINY_TRAINING, TrainingConfig
+from cmaclip_fast.training.config import TrainingConfig
 from cmaclip_fast.training.log import log, log_file
-from cmaclip_fast.training.loop import fit
+from cmaclip_fast.training.loop import fit, mixed_precision
 from cmaclip_fast.training.measure import measure, report_view
 from cmaclip_fast.working import WorkingFolder
 
 CHECKPOINT = "checkpoint.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingRun:
     """What to train, on what, and where to put it.
 
@@ -67,6 +69,7 @@ class TrainingRun:
         target_precision: for thresholds and recall at a fixed precision.
         overwrite: replace an existing output folder.
         resume: continue an interrupted run towards `output` from its checkpoint.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
         splits: the rows of `table` checked and split already, as `split_table` gives them; None does both.
         report: write `report.html`.
     """
@@ -74,7 +77,7 @@ class TrainingRun:
     table: Table
     output: Path
     system: str = "cma-clip"
-    model: str = "tiny"
+    model: str = TINY
     pretrained: str | None = None
     model_options: dict[str, Any] = field(default_factory=dict)
     training_options: dict[str, Any] = field(default_factory=dict)
@@ -83,6 +86,7 @@ class TrainingRun:
     target_precision: float = 0.9
     overwrite: bool = False
     resume: bool = False
+    device: str = "auto"
     splits: dict[str, Table] | None = None
     report: bool = True
 
@@ -92,11 +96,11 @@ class TrainingRun:
         Raises:
             InputError: an unknown option or a value out of range.
         """
-        base = TINY_TRAINING if self.model == "tiny" else TrainingConfig()
+        defaults = preset(self.model).training
         if self.model_options.get("image_tower") is not None:
-            base = base.model_copy(update={"small_epochs": 0.0})
+            defaults = {**defaults, "small_epochs": 0.0}  # such a tower reads pictures of one size
         try:
-            return TrainingConfig.model_validate({**base.model_dump(), **self.training_options})
+            return TrainingConfig.model_validate({**defaults, **self.training_options})
         except ValueError as error:
             raise InputError(f"training options: {' '.join(str(error).split())}") from None
 
@@ -124,15 +128,14 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
     """
     console = console or Console(stderr=True)
     config = run.config()
+    device = choose_device(run.device)
+    config = config.model_copy(update={"mixed_precision": mixed_precision(config, device)})
     system, chosen = find_system(run.system)
     model_options = system_config(system, run.model, {**chosen, **run.model_options})
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("mixed precision fp16 needs a GPU: use no or bf16")
     if not run.table.columns.tasks:
         raise InputError(f"{run.table.name}: name at least one column of labels with --task")
     _check_modalities(run, system, config)
     _check_names(run)
-    precision = run.target_precision
     with contextlib.ExitStack() as stack:
         folder = WorkingFolder(run.output, "cmaclip train", "|".join(map(re.escape, (*FILES, CHECKPOINT))), CHECKPOINT)
         stack.enter_context(folder.held())
@@ -171,7 +174,14 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         log.info("data %s: %s rows; model %s: %.1f M parameters", run.table.name, sizes, run.model, parameters / 1e6)
         if model.uses_labels or run.pretrained is None:
             progression = fit(
-                model, examples["train"], examples["validation"], config, work / CHECKPOINT, console, precision
+                model,
+                examples["train"],
+                examples["validation"],
+                config,
+                checkpoint=work / CHECKPOINT,
+                console=console,
+                target_precision=run.target_precision,
+                device=device,
             )
         else:
             progression = Progression()  # pretrained towers that learn from no label are taken as they are
@@ -278,9 +288,9 @@ def _prepare(run: TrainingRun, config: TrainingConfig) -> tuple[dict[str, Table]
 
 
 def _tokenizer(config: Any, table: Table) -> Tokenizer | None:
-    """For `tiny` a small vocabulary from the training texts; None leaves the named model, or text tower, its own."""
+    """A small vocabulary from the training texts, for our own towers; None for the named model's tokenizer."""
     texts = [text for text in table.texts() if text is not None]
-    if config.name != "tiny" or config.text_tower is not None or not texts:
+    if not preset(config.name).is_ours or config.text_tower is not None or not texts:
         return None
     return TrainedTokenizer.train(texts, vocab_size=8192, context_length=config.context_length or 32, min_frequency=1)
 

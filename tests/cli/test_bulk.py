@@ -101,7 +101,7 @@ def test_a_file_that_is_there_is_kept_from_python_too(artifact: Path, whole: Pat
     before = whole.read_bytes()
     table = tables.read_table(tmp_path / "data" / "shapes.csv", tables.Columns("picture", "title"))
     with pytest.raises(InputError, match="exists already"):
-        bulk.predict_table(bulk.BulkRun(artifact, table, whole), load_config(artifact).tasks)
+        bulk.predict_table(bulk.BulkRun(model=artifact, table=table, output=whole), load_config(artifact).tasks)
     assert whole.read_bytes() == before
 
 

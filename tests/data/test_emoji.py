@@ -264,8 +264,8 @@ def test_modality_weights_show_what_the_text_tells(real: Path, tmp_path: Path) -
     table = read_table("emoji")
     rows = [row for row in range(len(table)) if row // 2 % 5 == 0]  # both vendors of every fifth drawing
     run = TrainingRun(
-        table.select(rows),
-        tmp_path / "run",
+        table=table.select(rows),
+        output=tmp_path / "run",
         model_options={"image_size": 32, "depth": 1},
         training_options={"epochs": 5, "batch_size": 32},
     )

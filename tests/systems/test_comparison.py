@@ -40,10 +40,10 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     folder = tmp_path_factory.mktemp("compared")
     table = read_table(write_data(folder), Columns(image="picture", text="title", tasks=("colour", "shape")))
     return Comparison(
-        {"shapes": table},
-        folder / "out",
-        ("cma-clip", "cma-clip-without-attention", "bert"),
-        (0, 1),
+        tables={"shapes": table},
+        output=folder / "out",
+        systems=("cma-clip", "cma-clip-without-attention", "bert"),
+        seeds=(0, 1),
         model_options=SMALL,
         training_options=BUDGET,
         kinds=("text-replace", "image-drop"),
