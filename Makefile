@@ -7,6 +7,7 @@
 # make studies  train longer, with damaged texts, with pretrained towers, and in 28 languages, and write docs/tables
 # make mutants  put faults into the CUDA and Triton kernels, one at a time: each must make a test fail
 # make bench    time the model and the operators on this machine's CPU against what people run today
+# make heads    time the heads of 1 to 1,024 tasks, batched and in a loop, and write docs/tables/heads.md
 # make gpu-kit  write dist/gpu-kit: what proves and times the package on a GPU, on a machine without a network
 # make gpu      run the kit on this machine's GPU and write docs/gpu.md, or say that nothing was run
 # make tables   compile all kernels, count in the emulator, and write the tables of docs/kernels.md
@@ -32,7 +33,7 @@ PYTEST := $(BIN)/python -m pytest -v
 AVX2 := CMACLIP_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: install demo results emoji towers compare studies tables test test-avx2 test-avx2-all mutants bench gpu-kit \
+.PHONY: install demo results emoji towers compare studies tables test test-avx2 test-avx2-all mutants bench heads gpu-kit \
 	gpu lint clean reliability
 
 install: $(INSTALLED)
@@ -102,6 +103,9 @@ bench: $(PEERS)
 	$(BIN)/python -m benchmarks.page benchmarks/results/performance.md docs/tables/performance.md "Speed" "make bench"
 	$(BIN)/python benchmarks/operators.py --write benchmarks/results
 	$(BIN)/python -m benchmarks.page benchmarks/results/operators-cpu.md docs/tables/operators-cpu.md "The operators on a CPU" "make bench"
+
+heads: install
+	$(BIN)/python -m benchmarks.heads --write docs/tables/heads.md
 
 # the systems that ours is compared with; no test needs them
 $(PEERS): $(INSTALLED)

@@ -88,6 +88,7 @@ class Output:
         towers: `[B, 2, D]`, the global tokens of the towers before fusion; of no meaning where absent.
         attention: the sequence-wise attention maps, when asked for.
         kept: what a system's own losses of training need again.
+        packed: `[B, C]`, the logits of all tasks side by side, where `logits` are views of it.
     """
 
     logits: dict[str, Tensor]
@@ -96,3 +97,4 @@ class Output:
     towers: Tensor | None = None
     attention: AttentionMaps | None = None
     kept: Any = None
+    packed: Tensor | None = None

@@ -34,6 +34,17 @@ def test_operators(tmp_path):
     assert report["packages"]["torch"] and report["processor"]["threads"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_heads(tmp_path, dtype):
+    page = tmp_path / "tables" / "heads.md"
+    command = [sys.executable, "-m", "benchmarks.heads", "--tasks", "1", "--tasks", "40", "--width", "16"]
+    command += ["--seconds", "0.05", "--dtype", dtype, "--write", page]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = page.read_text()
+    assert "times as fast as the loop" in "".join(text.splitlines()[:10]) and text.count(" | 40 | ") == 6
+
+
 def test_page_is_written_from_the_tables_and_again(tmp_path):
     results, page = tmp_path / "results", tmp_path / "docs" / "tables" / "performance.md"
     results.mkdir(), page.parent.parent.mkdir()

@@ -57,7 +57,7 @@ class Shape:
             width=model.config.width,
             depth=layers("sequence_attention.layers."),
             mlp=shapes["sequence_attention.layers.0.mlp.0.weight"][0],
-            hidden=shapes["heads.0.0.weight"][0],
+            hidden=shapes["heads.hidden.weight"][0] // len(model.tasks),
             classes=tuple(len(names) for names in model.tasks.values()),
         )
 

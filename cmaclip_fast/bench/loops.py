@@ -1,4 +1,4 @@
-"""The loops over tasks that `modality_pool` and `multitask_cross_entropy` replace."""
+"""The loops over tasks that `modality_pool`, `multitask_cross_entropy` and `TaskHeads` replace."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cmaclip_fast.nn.heads import TaskHeads, TaskLinear
 
 
 def keyless_attention(embeddings: Tensor, vector: Tensor, present: Tensor | None = None) -> Tensor:
@@ -41,3 +43,22 @@ def cross_entropy_loop(logits: Tensor, labels: Tensor, bounds: Sequence[int]) ->
     return torch.stack(
         [F.cross_entropy(logits[:, a:b].float(), labels[:, k], ignore_index=-1) for k, (a, b) in enumerate(parts)]
     )
+
+
+def heads_apart(heads: TaskHeads) -> nn.ModuleList:
+    """A module for each task, `[B, D] -> [B, C_task]`, that computes what `heads` do; weights are views of theirs."""
+    hidden, classes = _layers_apart(heads.hidden), _layers_apart(heads.classes)
+    rate = heads.dropout.p
+    return nn.ModuleList(
+        nn.Sequential(expand, nn.GELU(), nn.Dropout(rate), contract)
+        for expand, contract in zip(hidden, classes, strict=True)
+    ).train(heads.training)
+
+
+def _layers_apart(layer: TaskLinear) -> list[nn.Linear]:
+    apart = []
+    for rows in layer.rows:
+        one = nn.Linear(layer.in_features, rows.stop - rows.start, device="meta")
+        one.weight, one.bias = (nn.Parameter(tensor.detach()[rows]) for tensor in (layer.weight, layer.bias))
+        apart.append(one)
+    return apart

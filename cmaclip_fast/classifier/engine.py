@@ -233,12 +233,19 @@ class _Graph:
         for ours, given in zip(_tensors(self.batch), _tensors(batch), strict=True):
             ours.copy_(given)
         self.graph.replay()
-        weights = self.output.modality_weights
+        output = self.output
+        weights = output.modality_weights
+        if weights is not None:
+            # copied together, since a copy for each of many tasks would take longer than the graph
+            weights = dict(zip(weights, torch.stack(list(weights.values()), dim=1).unbind(1), strict=True))
+        packed = torch.cat(list(output.logits.values()), dim=1)
+        logits = packed.split([logits.shape[1] for logits in output.logits.values()], dim=1)
         return Output(
-            {task: logits.clone() for task, logits in self.output.logits.items()},
-            None if weights is None else {task: weight.clone() for task, weight in weights.items()},
-            None if self.output.embedding is None else self.output.embedding.clone(),
-            None if self.output.towers is None else self.output.towers.clone(),
+            dict(zip(output.logits, logits, strict=True)),
+            weights,
+            None if output.embedding is None else output.embedding.clone(),
+            None if output.towers is None else output.towers.clone(),
+            packed=packed,
         )
 
 

@@ -1,4 +1,4 @@
-"""The three parts that CMA-CLIP puts on top of the towers: sequence attention, modality attention, task heads."""
+"""What CMA-CLIP puts between the towers and the heads: sequence attention, projections, modality attention."""
 
 from __future__ import annotations
 
@@ -145,10 +145,3 @@ class ModalityAttention(nn.Module):
     def forward(self, embedding: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """`embedding [B, 2, D]`, `present [B, 2]` -> pooled `[B, K, D]`, weights `[B, K, 2]` (0 where absent)."""
         return modality_pool(embedding, self.weight, present)
-
-
-class TaskHead(nn.Sequential):
-    """The MLP that turns a task's pooled embedding `[B, D]` into logits `[B, C]`."""
-
-    def __init__(self, width: int, hidden: int, classes: int, dropout: float = 0.0) -> None:
-        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, classes))

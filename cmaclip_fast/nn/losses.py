@@ -1,36 +1,22 @@
-"""The losses of training: cross-entropy over the tasks, and CLIP's contrastive loss."""
+"""What losses of training need beside the operators: where tasks begin, and CLIP's contrastive loss."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmaclip_fast.ops import multitask_cross_entropy
 
-
-def multitask_loss(
-    logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], label_smoothing: float = 0.0
-) -> dict[str, Tensor]:
-    """The mean cross-entropy of each task over its labelled rows; 0 where there are none.
+def task_offsets(classes: Iterable[int]) -> Tensor:
+    """`[K + 1]` int32 on the CPU: where each task's logits begin and end among those of all tasks side by side.
 
     Args:
-        logits: for each task `[B, C_task]`.
-        labels: for each task `[B]` int64, -1 where unlabelled.
+        classes: of each task.
     """
-    tasks = list(logits)
-    sizes = [logits[task].shape[1] for task in tasks]
-    device = logits[tasks[0]].device
-    offsets = torch.tensor([0, *sizes], device=device).cumsum(0).to(torch.int32)
-    loss = multitask_cross_entropy(
-        torch.cat([logits[task] for task in tasks], dim=1),
-        torch.stack([labels[task] for task in tasks], dim=1),
-        offsets,
-        label_smoothing=label_smoothing,
-    )
-    return dict(zip(tasks, loss.unbind(), strict=True))
+    return torch.tensor(list(itertools.accumulate(classes, initial=0)), dtype=torch.int32)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.data.preprocess import MAX_IMAGE_SIZE, ImagePreprocessing
 from cmaclip_fast.data.tokenizer import MAX_CONTEXT, Tokenizer
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.nn.blocks import Projection, SequenceAttention, TaskHead
+from cmaclip_fast.nn.blocks import Projection, SequenceAttention
+from cmaclip_fast.nn.heads import TaskHeads
 from cmaclip_fast.nn.towers import image_tower, text_tower
 from cmaclip_fast.systems.pretrained import HuggingFaceText, OpenClipModel, TimmImage
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
@@ -53,6 +54,7 @@ class System(nn.Module):
     image_tower: Any
     text_tower: Any
     logit_scale: nn.Parameter
+    heads: nn.Module
     auxiliary_heads: nn.ModuleList
 
     def __init__(
@@ -73,15 +75,19 @@ class System(nn.Module):
         self.preprocessing = preprocessing
         self.tokenizer = tokenizer
 
-    def make_heads(self, width: int) -> nn.ModuleList:
-        """An MLP for each task, in their order, that reads `[B, width]`."""
-        hidden = self.config.head_hidden or self.config.width
-        # a list, since a task may bear any name and a module's name may not
-        return nn.ModuleList(TaskHead(width, hidden, len(c), self.config.head_dropout) for c in self.tasks.values())
+    def make_heads(self, width: int) -> TaskHeads:
+        """An MLP for each task, in their order, that reads `[B, width]`, or `[B, K, width]` for K tasks."""
+        classes = [len(names) for names in self.tasks.values()]
+        return TaskHeads(width, self.config.head_hidden or self.config.width, classes, self.config.head_dropout)
 
-    def classify(self, heads: nn.Module, features: Tensor) -> dict[str, Tensor]:
-        """`features [B, width]` -> for each task `[B, C_task]`."""
-        return {task: head(features) for task, head in zip(self.tasks, heads.children(), strict=True)}
+    def by_task(self, packed: Tensor) -> dict[str, Tensor]:
+        """`packed [B, C]`, the tasks' logits side by side -> for each task a view of it, `[B, C_task]`."""
+        classes = [len(names) for names in self.tasks.values()]
+        return dict(zip(self.tasks, packed.split(classes, dim=1), strict=True))
+
+    def output(self, packed: Tensor, **rest: Any) -> Output:
+        """The output of logits `packed [B, C]`, as heads give them; `rest` are the other fields of `Output`."""
+        return Output(self.by_task(packed), packed=packed, **rest)
 
     def forward(self, batch: Batch, with_attention: bool = False) -> Output:
         """Classifies a batch; what is absent in it has no influence."""
@@ -101,15 +107,16 @@ class System(nn.Module):
         """Whether `auxiliary_logits` can be asked for."""
         return all(self.modalities) and bool(getattr(self.config, "auxiliary_heads", False))
 
-    def auxiliary_logits(self, output: Output, modality: int) -> dict[str, Tensor]:
-        """What the tower of a modality, `TEXT` or `IMAGE`, says of each task alone: `[B, C_task]`.
+    def auxiliary_logits(self, output: Output, modality: int) -> Tensor:
+        """What the tower of a modality, `TEXT` or `IMAGE`, says of the tasks alone: `[B, C]`, side by side.
 
         Raises:
             ValueError: the system was built without auxiliary heads.
         """
         if not self.has_auxiliary_heads or output.towers is None:
             raise ValueError("the system was built without auxiliary_heads")
-        return self.classify(self.auxiliary_heads[modality], output.towers[:, modality])
+        logits: Tensor = self.auxiliary_heads[modality](output.towers[:, modality])
+        return logits
 
     def contrastive_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The towers' own embeddings of images and texts, each `[B, E]` and of length 1, as CLIP compares them."""

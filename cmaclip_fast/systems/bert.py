@@ -32,4 +32,4 @@ class BERT(TwoTowers):
         rows = torch.arange(len(tokens), device=tokens.device)
         text = self.norm(self.text_projection(tokens[rows, self.text_position(lengths)]))
         text = torch.where(batch.present[:, TEXT, None], text, 0)
-        return Output(self.classify(self.heads, text), embedding=torch.stack([text, torch.zeros_like(text)], dim=1))
+        return self.output(self.heads(text), embedding=torch.stack([text, torch.zeros_like(text)], dim=1))

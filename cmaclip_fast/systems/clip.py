@@ -39,4 +39,4 @@ class CLIP(TwoTowers):
         image = self.image_tower.project(self.image_tower(batch.images)[:, 0])
         towers = F.normalize(torch.stack([text, image], dim=1), dim=-1) * text.shape[1] ** 0.5
         embedding = torch.where(batch.present[..., None], towers, 0)
-        return Output(self.classify(self.heads, embedding.flatten(1)), embedding=embedding, towers=towers)
+        return self.output(self.heads(embedding.flatten(1)), embedding=embedding, towers=towers)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cmaclip_fast.nn.blocks import ModalityAttention, SequenceAttention
 from cmaclip_fast.nn.distinct import distinct_images, distinct_texts
+from cmaclip_fast.nn.heads import TaskHeads
 from cmaclip_fast.nn.layers import Queries, Rows, run_linear
 from cmaclip_fast.ops import pack_tokens
 from cmaclip_fast.systems.base import FusionConfig, TwoTowers
@@ -63,6 +64,7 @@ class CMACLIP(TwoTowers):
     Config = CMACLIPConfig
     title = "CMA-CLIP"
     config: CMACLIPConfig
+    heads: TaskHeads
 
     def __init__(self, config: CMACLIPConfig, tasks: Mapping[str, Sequence[str]], *parts: Any) -> None:
         super().__init__(config, tasks, *parts)
@@ -110,14 +112,16 @@ class CMACLIP(TwoTowers):
         there = batch.present[..., None]
         embedding = self.norm(torch.where(there, embedding, 0)) * there
         if not self.config.modality_attention:
-            both = embedding.flatten(1)
-            return Output(self.classify(self.heads, both), None, embedding, towers, attention)
+            logits = self.heads(embedding.flatten(1))
+            return self.output(logits, embedding=embedding, towers=towers, attention=attention)
         pooled, weights = self.modality_attention(embedding, batch.present)
-        # one unbind, not a slice for each: the gradient of every slice would be as large as all of `pooled`
-        parts = zip(self.tasks, self.heads, pooled.unbind(1), strict=True)
-        logits = {task: head(part) for task, head, part in parts}
-        modality_weights = dict(zip(self.tasks, weights.unbind(1), strict=True))
-        return Output(logits, modality_weights, embedding, towers, attention)
+        return self.output(
+            self.heads(pooled),
+            modality_weights=dict(zip(self.tasks, weights.unbind(1), strict=True)),
+            embedding=embedding,
+            towers=towers,
+            attention=attention,
+        )
 
     def _text_tokens(self, batch: Batch, once: bool, capacity: int | None) -> _Tokens:
         tokens, lengths, texts = batch.tokens, batch.text_lengths, None

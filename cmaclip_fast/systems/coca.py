@@ -81,8 +81,8 @@ class CoCa(TwoTowers):
         embedding = torch.stack([text, torch.where(has_image, pooled, 0)], dim=1)
         read = torch.where(has_text, decoded[rows, encoded.text_position], 0)
         features = self.norm(torch.cat([embedding.flatten(1), read], dim=1))
-        return Output(
-            self.classify(self.heads, features),
+        return self.output(
+            self.heads(features),
             embedding=embedding,
             towers=encoded.globals,
             kept=decoded if self.training else None,

@@ -51,7 +51,7 @@ class EmbraceNet(TwoTowers):
             fused = (self.draw(probability, docked.shape[-1]).to(docked.dtype) * docked).sum(1)
         else:
             fused = (probability[..., None].to(docked.dtype) * docked).sum(1)
-        return Output(self.classify(self.heads, fused), embedding=docked, towers=towers)
+        return self.output(self.heads(fused), embedding=docked, towers=towers)
 
     @staticmethod
     def probabilities(present: Tensor) -> Tensor:

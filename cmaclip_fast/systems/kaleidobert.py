@@ -88,7 +88,7 @@ class KaleidoBERT(TwoTowers):
         aligns = self.training and self.config.pretext_weight > 0
         fused = self.stream(text, lengths, self._embed(patches), batch.present, with_weights=aligns)
         kept = (patches, self.alignment(fused, batch.tokens.shape[1])) if aligns else None
-        return Output(self.classify(self.heads, fused.class_tokens()), towers=towers, kept=kept)
+        return self.output(self.heads(fused.class_tokens()), towers=towers, kept=kept)
 
     def _embed(self, patches: Tensor) -> Tensor:
         return self.image_projection(patches) + self.place_embedding

@@ -61,4 +61,4 @@ class MMBT(TwoTowers):
         image = torch.einsum("bnw,nwd->bnd", pooled, self.place_projections) + self.image_positions
         text = text + self.text_positions[: text.shape[1]]
         fused = self.stream(text, lengths, image, batch.present)
-        return Output(self.classify(self.heads, fused.class_tokens()), towers=towers)
+        return self.output(self.heads(fused.class_tokens()), towers=towers)

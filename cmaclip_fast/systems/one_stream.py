@@ -105,8 +105,8 @@ class OneStreamBERT(TwoTowers):
         tags, tag_rows = self._tags(encoded.globals[:, IMAGE]) if self.config.variant == "oscar" else (None, None)
         image = encoded.image if tags is None else torch.cat([encoded.image, tags], dim=1)
         fused = self.stream(encoded.text, encoded.text_lengths, image, batch.present, with_attention)
-        return Output(
-            self.classify(self.heads, fused.class_tokens()),
+        return self.output(
+            self.heads(fused.class_tokens()),
             towers=encoded.globals,
             attention=fused.maps() if tags is None else None,  # with tags, the image's tokens are not patches alone
             kept=(encoded, patches, tags, tag_rows) if self.training else None,
@@ -127,7 +127,7 @@ class OneStreamBERT(TwoTowers):
 
     def _tags(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """The tags that each image's global token `[B, D]` leads to: `[B, K, D]`, and their classes `[B, K]`."""
-        found = self.classify(self.auxiliary_heads[IMAGE], image.detach())  # type: ignore[arg-type]
+        found = self.by_task(self.auxiliary_heads[IMAGE](image.detach()))
         classes = torch.stack([logits.argmax(1) for logits in found.values()], dim=1)
         pairs = [(k, c) for k, column in enumerate(classes.T.tolist()) for c in column]
         different = sorted(set(pairs))

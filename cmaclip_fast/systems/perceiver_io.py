@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cmaclip_fast.nn.blocks import SequenceAttention
+from cmaclip_fast.nn.heads import TaskLinear
 from cmaclip_fast.nn.layers import Rows
 from cmaclip_fast.ops import pack_padded, packed_attention
 from cmaclip_fast.systems.base import FusionConfig, TwoTowers
@@ -74,16 +75,14 @@ class PerceiverIO(TwoTowers):
         self.process = SequenceAttention(width, config.depth, *shape)
         self.decoder = CrossAttention(width, *shape)
         self.norm = nn.LayerNorm(width)
-        self.heads = nn.ModuleList(nn.Linear(width, len(classes)) for classes in self.tasks.values())
+        self.heads = TaskLinear(width, [len(classes) for classes in self.tasks.values()])
 
     def forward(self, batch: Batch, with_attention: bool = False) -> Output:
         encoded = self.encode(batch)
         counts = token_counts(encoded.text_lengths, encoded.image.shape[1], batch.present)
         packed, cu_inputs = pack_padded(encoded.text, encoded.image, counts, self.type_embedding)
         answers = self.read_out(packed, cu_inputs, encoded.text.shape[1] + encoded.image.shape[1])
-        parts = zip(self.tasks, self.heads, answers.unbind(1), strict=True)
-        logits = {task: head(answer) for task, head, answer in parts}
-        return Output(logits, towers=encoded.globals)
+        return self.output(self.heads(answers), towers=encoded.globals)
 
     def read_out(self, packed: Tensor, cu_inputs: Tensor, longest: int) -> Tensor:
         """`packed [T, D]` tokens of B rows -> what each task's query read, `[B, K, D]`."""

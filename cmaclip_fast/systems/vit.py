@@ -27,4 +27,4 @@ class ViT(TwoTowers):
     def forward(self, batch: Batch, with_attention: bool = False) -> Output:
         image = self.norm(self.image_projection(self.image_tower(batch.images)[:, 0]))
         image = torch.where(batch.present[:, IMAGE, None], image, 0)
-        return Output(self.classify(self.heads, image), embedding=torch.stack([torch.zeros_like(image), image], dim=1))
+        return self.output(self.heads(image), embedding=torch.stack([torch.zeros_like(image), image], dim=1))

@@ -7,15 +7,25 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from cmaclip_fast.nn.losses import contrastive_loss, multitask_loss
+from cmaclip_fast.nn.losses import contrastive_loss, task_offsets
+from cmaclip_fast.ops import multitask_cross_entropy
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.training.config import TrainingConfig
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
 
+_MOST_HEADS = 3
+"""What may classify in a step: the model's heads, and the auxiliary heads of its two towers."""
+
 
 class Objective(nn.Module):
-    """A model and its loss as one module, so that a distributed wrapper sees all that has gradients."""
+    """A model and its loss as one module, so that a distributed wrapper sees all that has gradients.
+
+    Attributes:
+        offsets: where each task's logits begin and end, for the model's heads, then for its auxiliary heads.
+    """
+
+    offsets: Tensor
 
     def __init__(self, model: System, config: TrainingConfig, has_images: bool = True) -> None:
         """
@@ -26,6 +36,8 @@ class Objective(nn.Module):
         self.model = model
         self.config = config
         self.is_text_alone = not has_images and isinstance(model, CMACLIP)
+        classes = [len(names) for names in model.tasks.values()]
+        self.register_buffer("offsets", task_offsets(classes * _MOST_HEADS), persistent=False)
 
     def forward(self, batch: Batch, contrastive: bool = False) -> tuple[Tensor, Tensor]:
         """Two scalars: the loss to minimise, and the part of it to report, the mean over tasks without auxiliary terms.
@@ -45,21 +57,36 @@ class Objective(nn.Module):
         if self.is_text_alone:
             hidden = replace(hidden, images=hidden.images[:, :, :0, :0])
         output = self.model(hidden)
-        loss = self._loss(output.logits, self._labels(batch, text_rows, hidden, output))
+        given = torch.stack([batch.labels[task] for task in self.model.tasks], dim=1)  # [B, K]
+        packed = output.packed
+        if packed is None:
+            packed = torch.cat([output.logits[task] for task in self.model.tasks], dim=1)
+        logits, labels = [packed], [self._labels(given, text_rows, hidden, output)]
+        if self.model.has_auxiliary_heads and self.config.auxiliary_weight:
+            logits.append(self.model.auxiliary_logits(output, TEXT))
+            labels.append(given[text_rows].where(mixed.present[:, TEXT, None], -1))
+            if not self.is_text_alone:
+                logits.append(self.model.auxiliary_logits(output, IMAGE))
+                labels.append(given.where(batch.present[:, IMAGE, None], -1))
+        of_heads = self._losses(logits, labels)
+        loss = of_heads[0]
         report = loss.detach()
         for extra in self.model.extra_losses(hidden, output).values():
             loss = loss + extra
-        if self.model.has_auxiliary_heads and self.config.auxiliary_weight:
-            of_text = {task: label[text_rows].where(mixed.present[:, TEXT], -1) for task, label in batch.labels.items()}
-            auxiliary = self._loss(self.model.auxiliary_logits(output, TEXT), of_text)
-            if not self.is_text_alone:
-                of_image = {task: label.where(batch.present[:, IMAGE], -1) for task, label in batch.labels.items()}
-                auxiliary = auxiliary + self._loss(self.model.auxiliary_logits(output, IMAGE), of_image)
-            loss = loss + self.config.auxiliary_weight * auxiliary
+        if len(of_heads) > 1:
+            loss = loss + self.config.auxiliary_weight * of_heads[1:].sum()
         return loss, report
 
-    def _loss(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
-        return torch.stack(list(multitask_loss(logits, labels, self.config.label_smoothing).values())).mean()
+    def _losses(self, logits: list[Tensor], labels: list[Tensor]) -> Tensor:
+        """The mean over tasks of the loss of each `logits [B, C]` with its `labels [B, K]`; one call for them all."""
+        heads, tasks = len(logits), labels[0].shape[1]
+        losses = multitask_cross_entropy(
+            torch.cat(logits, dim=1),
+            torch.cat(labels, dim=1),
+            self.offsets[: heads * tasks + 1],
+            label_smoothing=self.config.label_smoothing,
+        )
+        return losses.view(heads, tasks).mean(1)
 
     def _mismatch(self, batch: Batch) -> tuple[Batch, Tensor]:
         """Gives some rows the text of another row; `[B]`, whose text each row now has."""
@@ -72,17 +99,21 @@ class Objective(nn.Module):
         rows = torch.where(chosen, other, rows)
         return replace(batch, tokens=batch.tokens[rows], text_lengths=batch.text_lengths[rows]), rows
 
-    def _labels(self, batch: Batch, text_rows: Tensor, hidden: Batch, output: Output) -> dict[str, Tensor]:
-        """What each task learns after `_mismatch` and `_hide`: -1 where it would follow a text of another row."""
-        labels = {}
+    def _labels(self, labels: Tensor, text_rows: Tensor, hidden: Batch, output: Output) -> Tensor:
+        """What each task learns after `_mismatch` and `_hide`: -1 where it would follow a text of another row.
+
+        Args:
+            labels: `[B, K]`, as given.
+        """
         both = hidden.present.all(1)
-        moved = both & (text_rows != torch.arange(len(batch), device=text_rows.device))
-        for task, label in batch.labels.items():
-            # a text whose picture is hidden keeps what it says
-            labels[task] = label.where(hidden.present[:, IMAGE], label[text_rows])
-            if output.modality_weights is not None:
-                text, image = output.modality_weights[task].detach()[both].sum(0)
-                labels[task] = labels[task].masked_fill(moved & (text > image), -1)
+        moved = both & (text_rows != torch.arange(len(labels), device=text_rows.device))
+        # a text whose picture is hidden keeps what it says
+        labels = labels.where(hidden.present[:, IMAGE, None], labels[text_rows])
+        if output.modality_weights is not None:
+            weights = torch.stack(list(output.modality_weights.values()), dim=1).detach()  # [B, K, 2]
+            # `where` rather than a choice of rows, whose number the host would wait for
+            text, image = weights.where(both[:, None, None], 0).sum(0).unbind(1)
+            labels = labels.masked_fill(moved[:, None] & (text > image), -1)
         return labels
 
     def _hide(self, batch: Batch) -> Batch:

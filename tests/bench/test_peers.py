@@ -58,19 +58,24 @@ def test_training_gives_our_loss_and_gradients(name: str, batch: Batch, folder: 
             for task, logits in model.train()(batch).logits.items()
         ]
     ).sum()
-    (gradient,) = torch.autograd.grad(expected, model.heads[0][0].weight)  # type: ignore[index]
+    (gradient,) = torch.autograd.grad(expected, model.norm.weight)
     system = SYSTEMS[name](setting(model, folder, training=True))
     loss = system.loss(batch)
     torch.testing.assert_close(loss, expected)
     loss.backward()
-    found = model.heads[0][0].weight.grad  # type: ignore[index]
+    found = model.norm.weight.grad
     torch.testing.assert_close(found, gradient, atol=1e-5, rtol=1e-3)
 
 
 def test_plain_peers_share_our_parameters(model: CMACLIP) -> None:
     ours = {id(parameter) for parameter in model.parameters()}
-    own = {name for name, parameter in PlainCMACLIP(model).named_parameters() if id(parameter) not in ours}
-    assert own == {f"fusion.pools.{task}.vector" for task in range(len(model.tasks))}
+    own = {name: parameter for name, parameter in PlainCMACLIP(model).named_parameters() if id(parameter) not in ours}
+    heads = {name: parameter for name, parameter in own.items() if name.startswith("fusion.heads.")}
+    assert own.keys() - heads.keys() == {f"fusion.pools.{task}.vector" for task in range(len(model.tasks))}
+    # a head's weights are a part of ours, in the same memory
+    assert len(heads) == 4 * len(model.tasks)
+    memory = {parameter.untyped_storage().data_ptr() for parameter in model.heads.parameters()}
+    assert {parameter.untyped_storage().data_ptr() for parameter in heads.values()} == memory
 
 
 def test_check_sees_a_peer_that_attends_to_padding(model: CMACLIP, batch: Batch, folder: Path) -> None:

@@ -223,7 +223,7 @@ def test_weights_that_change_are_used() -> None:
     classifier = Classifier(model)
     before = classifier.predict_proba(make_pictures(), TEXTS)
     torch.optim.SGD(model.parameters(), lr=1.0).zero_grad()
-    model.load_state_dict({name: 2 * t if t.is_floating_point() else t for name, t in model.state_dict().items()})
+    model.load_state_dict({name: 1.5 * t if t.is_floating_point() else t for name, t in model.state_dict().items()})
     after = classifier.predict_proba(make_pictures(), TEXTS)
     assert unlike(after, before) > 1e-3
     assert unlike(after, Classifier(copy.deepcopy(model)).predict_proba(make_pictures(), TEXTS)) < 1e-6

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cmaclip_fast.nn.heads import TaskHeads
 from cmaclip_fast.nn.towers import ClipTextTower, ViTImageTower
 from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.types import Batch
@@ -29,13 +31,19 @@ def padded_logits(model: CMACLIP, batch: Batch) -> dict[str, Tensor]:
         embedding = torch.stack([text[rows, position.long()], image[:, 0]], 1)
     embedding = model.norm(embedding).masked_fill(~batch.present[..., None], 0)
     logits = {}
-    for k, (task, head) in enumerate(zip(model.tasks, model.heads, strict=True)):
+    for k, task in enumerate(model.tasks):
         if model.config.modality_attention:
             scores = (embedding * model.modality_attention.weight[k]).sum(-1).masked_fill(~batch.present, -torch.inf)
-            logits[task] = head((scores.softmax(-1)[..., None] * embedding).sum(1))
+            logits[task] = head(model.heads, k, (scores.softmax(-1)[..., None] * embedding).sum(1))
         else:
-            logits[task] = head(embedding.flatten(1))
+            logits[task] = head(model.heads, k, embedding.flatten(1))
     return logits
+
+
+def head(heads: TaskHeads, task: int, x: Tensor) -> Tensor:
+    hidden, classes = heads.hidden.rows[task], heads.classes.rows[task]
+    x = F.gelu(F.linear(x, heads.hidden.weight[hidden], heads.hidden.bias[hidden]))
+    return F.linear(x, heads.classes.weight[classes], heads.classes.bias[classes])
 
 
 def image_tokens(tower: nn.Module, images: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cmaclip_fast import InputError
+from cmaclip_fast.bench.loops import heads_apart
 from cmaclip_fast.systems.embracenet import EmbraceNet
 from cmaclip_fast.systems.kaleidobert import JIGSAW
 from cmaclip_fast.systems.one_stream import mismatched
@@ -32,7 +33,7 @@ class TestEmbraceNet:
         drawing = make("embracenet", at_test="draw")
         seen: list[torch.Tensor] = []
         for s in (system, drawing):
-            s.heads[0].register_forward_hook(lambda module, given, out: seen.append(given[0]))
+            s.heads.register_forward_hook(lambda module, given, out: seen.append(given[0]))
         with torch.inference_mode():
             system(batch)
             for _ in range(60):
@@ -195,7 +196,7 @@ class TestOSCAR:
         with torch.inference_mode():
             image = system.encode(batch).globals[:, IMAGE]
             tags, classes = system._tags(image)
-            found = [head(image).argmax(1) for head in system.auxiliary_heads[IMAGE]]
+            found = [head(image).argmax(1) for head in heads_apart(system.auxiliary_heads[IMAGE])]
             assert torch.equal(classes, torch.stack(found, dim=1))
             for k, names in enumerate(TASKS.values()):
                 name = names[int(classes[0, k])]

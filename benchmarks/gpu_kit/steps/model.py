@@ -12,7 +12,8 @@ from benchmarks.gpu_kit.result import Result, main
 from cmaclip_fast.bench.workloads import FUSION_DEPTH, SMALL, make_model
 from cmaclip_fast.classifier.engine import Engine
 from cmaclip_fast.data import read_table
-from cmaclip_fast.nn.losses import multitask_loss
+from cmaclip_fast.nn.losses import task_offsets
+from cmaclip_fast.ops import multitask_cross_entropy
 from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.types import Batch
 
@@ -92,10 +93,11 @@ def train(model: CMACLIP, batch: Batch, dtype: torch.dtype, steps: int) -> list[
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses = []
+    labels = torch.stack(list(batch.labels.values()), dim=1)
+    offsets = task_offsets(map(len, model.tasks.values())).to(labels.device)
     for _ in range(steps):
         with torch.autocast(batch.tokens.device.type, dtype, enabled=dtype is not torch.float32):
-            logits = model(batch).logits
-            loss = torch.stack(list(multitask_loss(logits, batch.labels).values())).sum()
+            loss = multitask_cross_entropy(model(batch).packed, labels, offsets).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

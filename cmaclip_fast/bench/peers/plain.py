@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cmaclip_fast.bench.loops import KeylessAttention
+from cmaclip_fast.bench.loops import KeylessAttention, heads_apart
 from cmaclip_fast.bench.peers.system import Setting, System, twin
 from cmaclip_fast.nn.dropin import accelerate
 from cmaclip_fast.systems.cma_clip import CMACLIP
@@ -40,7 +40,7 @@ class Fusion(nn.Module):
         take_encoder_weights(self.encoder, dict(model.named_parameters()))
         self.norm = twin(model.norm)
         self.pools = nn.ModuleList(KeylessAttention(vector) for vector in model.modality_attention.weight[:, 0])
-        self.heads = twin(model.heads)
+        self.heads = heads_apart(model.heads)
         self.train(model.training)
 
     def forward(self, image: Tensor, text: Tensor, lengths: Tensor) -> list[Tensor]:
@@ -74,7 +74,7 @@ def take_encoder_weights(encoder: nn.TransformerEncoder, source: dict[str, nn.Pa
 
 
 class PlainCMACLIP(nn.Module):
-    """open_clip's towers and `Fusion`. Shares its parameters with the model that it is made from."""
+    """open_clip's towers and `Fusion`, on the weights of the model that it is made from."""
 
     def __init__(self, model: CMACLIP) -> None:
         super().__init__()
