@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ from cmaclip_fast.cli.options import (
 )
 from cmaclip_fast.cli.output import err, out
 from cmaclip_fast.data.source import read_columns
+from cmaclip_fast.data.table import Table
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.signals import exit_code
 
@@ -67,6 +69,12 @@ def compare(
         str | None, typer.Option(help="Train only on rows where COLUMN=VALUE, such as `language=en`; test on all.")
     ] = None,
     by: Annotated[str | None, typer.Option(help="Also report metrics for each value of this column.")] = None,
+    folds: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="DATA=FILE, a CSV of keys and folds: seed N is tested on fold N and tuned on the next. Repeatable."
+        ),
+    ] = None,
     precision: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Target precision for thresholds and recall.")
     ] = 0.9,
@@ -125,10 +133,12 @@ def compare(
         None if train_on is None else _column_value(train_on),
         by,
         limits or None,
+        {},
         precision,
         on_bad_rows.value,
         keep_models,
     )
+    comparison = replace(comparison, folds=_folds(folds or [], comparison.tables))
     if len(comparison.tables) < len(data):
         raise InputError("--data: two have the same name: rename one")
     try:
@@ -139,6 +149,18 @@ def compare(
     page = write_page(records, output, " ".join(["cmaclip", *map(shlex.quote, sys.argv[1:])]), precision)
     out.print(page.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
     out.print(f"page: {page}", soft_wrap=True, highlight=False)
+
+
+def _folds(given: list[str], tables: dict[str, Table]) -> dict[str, list[int]]:
+    from cmaclip_fast.data.folds import read_folds
+
+    found = {}
+    for spec in given:
+        name, equals, path = spec.partition("=")
+        if name not in tables or not path:
+            raise InputError(f"--folds {spec}: give DATA=FILE, where DATA is one of {', '.join(tables)}")
+        found[name] = read_folds(Path(path), tables[name])
+    return found
 
 
 def _column_value(text: str) -> tuple[str, str]:
