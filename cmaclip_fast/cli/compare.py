@@ -156,7 +156,7 @@ def _folds(given: list[str], tables: dict[str, Table]) -> dict[str, list[int]]:
 
     found = {}
     for spec in given:
-        name, equals, path = spec.partition("=")
+        name, _, path = spec.partition("=")
         if name not in tables or not path:
             raise InputError(f"--folds {spec}: give DATA=FILE, where DATA is one of {', '.join(tables)}")
         found[name] = read_folds(Path(path), tables[name])
