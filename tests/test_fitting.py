@@ -24,7 +24,7 @@ ROWS = 400
 def model() -> CMACLIP:
     tokenizer = TrainedTokenizer.train(["red dress", "blue coat"] * 3, context_length=8)
     tasks = {"colour": ["blue", "red"], "cut": ["long", "short"]}
-    return create_model("tiny", tasks, tokenizer=tokenizer, image_size=32, width=32, heads=2)
+    return create_model("tiny", tasks, tokenizer=tokenizer, image_size=32, width=32, heads=2, fusion_start="random")
 
 
 def batch_of(rows: int) -> Batch:

@@ -63,7 +63,8 @@ def make_model(tower: str, tasks: dict[str, int] | None = None, depth: int = FUS
     if tower == SMALL and SMALL not in open_clip.list_models():
         open_clip.add_model_config(Path(__file__).parent / "configs")
     torch.manual_seed(0)
-    return create_model(tower, class_names(tasks or TASKS), width=FUSION_WIDTH, depth=depth, **options)
+    options = {"width": FUSION_WIDTH, "depth": depth, "fusion_start": "random", **options}
+    return create_model(tower, class_names(tasks or TASKS), **options)
 
 
 def text_lengths(texts: Texts, count: int, model: CMACLIP, seed: int = 0) -> list[int]:

@@ -27,6 +27,7 @@ from cmaclip_fast.cli.options import (
 )
 from cmaclip_fast.cli.output import err, out
 from cmaclip_fast.data.source import read_columns
+from cmaclip_fast.data.table import Table
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.signals import exit_code
 
@@ -68,6 +69,12 @@ def compare(
         str | None, typer.Option(help="Train only on rows where COLUMN=VALUE, such as `language=en`; test on all.")
     ] = None,
     by: Annotated[str | None, typer.Option(help="Also report metrics for each value of this column.")] = None,
+    folds: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="DATA=FILE, a CSV of keys and folds: seed N is tested on fold N and tuned on the next. Repeatable."
+        ),
+    ] = None,
     precision: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Target precision for thresholds and recall.")
     ] = 0.9,
@@ -110,19 +117,22 @@ def compare(
         c.Try(spec, *parse_options([pair.strip() for pair in spec.split(",")], names, "--try"))
         for spec in attempt or []
     )
+    tables = {
+        Path(source).name: read_columns(
+            source,
+            image=image,
+            text=text,
+            tasks=task,
+            image_dir=image_dir,
+            max_image_pixels=max_image_pixels,
+            split_column=split_column,
+        )
+        for source in data
+    }
+    if len(tables) < len(data):
+        raise InputError("--data: two have the same name: rename one")
     comparison = c.Comparison(
-        tables={
-            Path(source).name: read_columns(
-                source,
-                image=image,
-                text=text,
-                tasks=task,
-                image_dir=image_dir,
-                max_image_pixels=max_image_pixels,
-                split_column=split_column,
-            )
-            for source in data
-        },
+        tables=tables,
         output=output,
         systems=names,
         seeds=_numbers(seeds),
@@ -136,13 +146,12 @@ def compare(
         train_on=None if train_on is None else _column_value(train_on),
         by=by,
         rows=limits or None,
+        folds=_folds(folds or [], tables),
         target_precision=precision,
         on_bad_rows=on_bad_rows.value,
         keep_models=keep_models,
         device=device,
     )
-    if len(comparison.tables) < len(data):
-        raise InputError("--data: two have the same name: rename one")
     try:
         records = c.compare(comparison, err, jobs=jobs)
     except (KeyboardInterrupt, signals.Interrupted) as stop:
@@ -151,6 +160,18 @@ def compare(
     page = write_page(records, output, " ".join(["cmaclip", *map(shlex.quote, sys.argv[1:])]), precision)
     out.print(page.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
     out.print(f"page: {page}", soft_wrap=True, highlight=False)
+
+
+def _folds(given: list[str], tables: dict[str, Table]) -> dict[str, list[int]]:
+    from cmaclip_fast.data.folds import read_folds
+
+    found = {}
+    for spec in given:
+        name, _, path = spec.partition("=")
+        if name not in tables or not path:
+            raise InputError(f"--folds {spec}: give DATA=FILE, where DATA is one of {', '.join(tables)}")
+        found[name] = read_folds(Path(path), tables[name])
+    return found
 
 
 def _column_value(text: str) -> tuple[str, str]:

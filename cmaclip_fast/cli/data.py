@@ -45,7 +45,7 @@ def data_list() -> None:
 
 @data_app.command("build")
 def data_build(
-    name: Annotated[str, typer.Argument(help="`emoji`.")],
+    name: Annotated[str, typer.Argument(help="`emoji` or `pairs`.")],
     output: Annotated[
         Path | None, typer.Option(help="Output folder [default: the data folder, which CMACLIP_DATA sets].")
     ] = None,
@@ -55,21 +55,27 @@ def data_build(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
 ) -> None:
-    """Download the parts of a data set with npm, verify them, and write Parquet.
+    """Build a data set: `emoji` from npm packages, which are downloaded and verified, `pairs` from embedded drawings.
 
     Example: `cmaclip data build emoji`
+
+    Example: `cmaclip data build pairs`
     """
     from cmaclip_fast.data.emoji import build_emoji, from_folder
     from cmaclip_fast.data.files import near
     from cmaclip_fast.data.named import NAMED
+    from cmaclip_fast.data.pairs import build_pairs
 
     buildable = [entry.name for entry in NAMED.values() if entry.built]
     if name not in buildable:
         raise InputError(f"{name}: is not built{near(name, buildable)}: choose {', '.join(buildable)}")
-    chosen = None if languages == "all" else languages.split(",")
     with err.status("building") as status:
-        fetch = None if packages is None else from_folder(packages)
-        path = build_emoji(output, chosen, overwrite, fetch, report=status.update)
+        if name == "pairs":
+            path = build_pairs(output, overwrite, report=status.update)
+        else:
+            chosen = None if languages == "all" else languages.split(",")
+            fetch = None if packages is None else from_folder(packages)
+            path = build_emoji(output, chosen, overwrite, fetch, report=status.update)
     out.print(f"{name}: {path}", soft_wrap=True, highlight=False)
 
 

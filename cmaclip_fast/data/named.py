@@ -110,6 +110,13 @@ NAMED = {
         summary="7,562 emoji of two vendors with tags in 28 languages (`emoji:de`, `emoji:all`)",
         built=True,
     ),
+    "pairs": NamedDataset(
+        name="pairs",
+        columns=Columns("image", "name", ("fits", "place", "colour"), ("id",), "split"),
+        licence="public domain",
+        summary="11,000 composed pictures with a name; labels that need picture and text together",
+        built=True,
+    ),
 }
 
 PUBLIC = {

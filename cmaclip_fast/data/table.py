@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -322,13 +323,22 @@ def _read(name: str) -> Rows:
     return read_files(list_files(name))
 
 
-def _openclipart(argument: str) -> Rows:
+def _whole(name: str, argument: str) -> Rows:
+    """The rows of a named data set that is one file and has no parts."""
     if argument:
-        raise InputError(f"openclipart:{argument}: this data set has no parts: name it 'openclipart'")
-    return replace(read_files([NAMED["openclipart"].path]), columns=NAMED["openclipart"].columns)
+        raise InputError(f"{name}:{argument}: this data set has no parts: name it '{name}'")
+    path = NAMED[name].path
+    if not path.is_file():
+        raise InputError(f"{path}: the data set '{name}' is not there yet: run `cmaclip data build {name}`")
+    return replace(read_files([path]), columns=NAMED[name].columns)
 
 
-_READERS: dict[str, Callable[[str], Rows]] = {"openclipart": _openclipart, "emoji": read_emoji, **public.READERS}
+_READERS: dict[str, Callable[[str], Rows]] = {
+    "openclipart": partial(_whole, "openclipart"),
+    "pairs": partial(_whole, "pairs"),
+    "emoji": read_emoji,
+    **public.READERS,
+}
 
 
 def _fill(given: Columns, own: Columns, names: list[str]) -> Columns:

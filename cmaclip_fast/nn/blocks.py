@@ -102,6 +102,13 @@ class SequenceAttention(nn.Module):
         self.checkpointing = False
         self.layers = nn.ModuleList(SequenceLayer(width, heads, mlp_ratio, dropout) for _ in range(depth))
 
+    def start_at_zero(self) -> None:
+        """Sets the last product of every branch to zero: the layers return their input until they have learned."""
+        for layer in self.layers:
+            for product in (layer.out, layer.mlp[-1]):
+                nn.init.zeros_(product.weight)
+                nn.init.zeros_(product.bias)
+
     def forward(self, packed: Tensor, rows: Rows, queries: Queries | None = None) -> Tensor:
         """`packed [T, D]` -> `[T, D]`, or `[Q, D]`: the last layer is computed for the queries alone."""
         return run_layers(self.layers, packed, rows, queries=queries, checkpointing=self.checkpointing)

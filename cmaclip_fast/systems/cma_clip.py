@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from cmaclip_fast.nn.blocks import ModalityAttention, SequenceAttention
@@ -26,11 +27,25 @@ class CMACLIPConfig(FusionConfig):
         sequence_attention: False is the ablation: the towers' global tokens, projected, are the embeddings.
         modality_attention: False is the ablation: each head gets both embeddings, side by side.
         vectors: keyless attention with one vector per task (the paper), or one per task and modality.
+        fusion_start: `zero` starts each branch of the sequence-wise attention, and the type embedding, at zero, so
+            that the first step computes exactly what the system without sequence-wise attention does and fusion is
+            added to it (as in ReZero, arXiv 2003.04887, and ControlNet's zero convolutions, arXiv 2302.05543);
+            `random` is the paper's own initialisation.
+        fusion_gate: learn for each task how much of the fused embedding is used, between 0 (the towers' global
+            tokens alone) and 1.
     """
 
     sequence_attention: bool = True
     modality_attention: bool = True
     vectors: Literal["task", "task-and-modality"] = "task"
+    fusion_start: Literal["zero", "random"] = "zero"
+    fusion_gate: bool = False
+
+    @model_validator(mode="after")
+    def _gate_has_two_sides(self) -> CMACLIPConfig:
+        if self.fusion_gate and not (self.sequence_attention and self.modality_attention):
+            raise ValueError("fusion_gate needs sequence_attention and modality_attention")
+        return self
 
 
 @dataclass
@@ -75,9 +90,14 @@ class CMACLIP(TwoTowers):
             self.sequence_attention = SequenceAttention(
                 width, config.depth, config.heads, config.mlp_ratio, config.dropout
             )
+            if config.fusion_start == "zero":
+                nn.init.zeros_(self.type_embedding)
+                self.sequence_attention.start_at_zero()
         self.norm = nn.LayerNorm(width)
         if config.modality_attention:
             self.modality_attention = ModalityAttention(len(tasks), width, config.vectors == "task-and-modality")
+        if config.fusion_gate:
+            self.fusion_gate = nn.Parameter(torch.zeros(len(tasks)))
         self.heads = self.make_heads(width if config.modality_attention else 2 * width)
 
     @property
@@ -108,13 +128,15 @@ class CMACLIP(TwoTowers):
             embedding, attention = self._fuse(text, image, batch.present, capacity, with_attention)
         else:
             embedding = towers
-        # what stands for an absent side may be anything, NaN too, which a product with 0 would keep
         there = batch.present[..., None]
-        embedding = self.norm(torch.where(there, embedding, 0)) * there
+        embedding = self._normalized(embedding, there)
         if not self.config.modality_attention:
             logits = self.heads(embedding.flatten(1))
             return self.output(logits, embedding=embedding, towers=towers, attention=attention)
         pooled, weights = self.modality_attention(embedding, batch.present)
+        if self.config.fusion_gate:
+            unfused = weights.to(embedding.dtype) @ self._normalized(towers, there)
+            pooled = torch.lerp(unfused, pooled, self.fusion_gate.sigmoid().to(pooled.dtype)[:, None])
         return self.output(
             self.heads(pooled),
             modality_weights=dict(zip(self.tasks, weights.unbind(1), strict=True)),
@@ -122,6 +144,10 @@ class CMACLIP(TwoTowers):
             towers=towers,
             attention=attention,
         )
+
+    def _normalized(self, embedding: Tensor, there: Tensor) -> Tensor:
+        """`embedding [B, 2, D]` through the norm; 0 where absent, where it may be NaN, which a product with 0 keeps."""
+        return self.norm(torch.where(there, embedding, 0)) * there
 
     def _text_tokens(self, batch: Batch, once: bool, capacity: int | None) -> _Tokens:
         tokens, lengths, texts = batch.tokens, batch.text_lengths, None

@@ -28,6 +28,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cma-clip-without-sequence-attention": ("cma-clip", {"sequence_attention": False}),
     "cma-clip-without-modality-attention": ("cma-clip", {"modality_attention": False}),
     "cma-clip-without-attention": ("cma-clip", {"sequence_attention": False, "modality_attention": False}),
+    "cma-clip-random-start": ("cma-clip", {"fusion_start": "random"}),
+    "cma-clip-gated": ("cma-clip", {"fusion_gate": True}),
     "clip-zero-shot-text": ("clip-zero-shot", {"use": "text"}),
     "clip-zero-shot-image": ("clip-zero-shot", {"use": "image"}),
     "imagebert": ("one-stream", {"variant": "imagebert"}),

@@ -24,6 +24,7 @@ from cmaclip_fast.classifier.explanation import explain
 from cmaclip_fast.data.check import RowPolicy, check_rows
 from cmaclip_fast.data.files import near
 from cmaclip_fast.data.fingerprint import fingerprint
+from cmaclip_fast.data.folds import split_by_folds
 from cmaclip_fast.data.kept import KeptPictures
 from cmaclip_fast.data.noise import Kind, Noise, add_noise
 from cmaclip_fast.data.preprocess import ImagePreprocessing
@@ -120,6 +121,8 @@ class Comparison:
         train_on: a column and a value: train and validate on the rows that have it, test on all.
         by: a column whose values are also measured one by one.
         rows: at most so many rows of each split; None takes all.
+        folds: for a data set, the fold of each row: seed n is tested on fold n (modulo their number) and chosen on the
+            next one. The data set's own split is then ignored.
         target_precision: for recall at a fixed precision.
         on_bad_rows: as in `TrainingRun`.
         keep_models: keep each run's artefact.
@@ -140,6 +143,7 @@ class Comparison:
     train_on: tuple[str, str] | None = None
     by: str | None = None
     rows: dict[str, int] | None = None
+    folds: dict[str, list[int]] = field(default_factory=dict)
     target_precision: float = 0.9
     on_bad_rows: RowPolicy = "error"
     keep_models: bool = False
@@ -165,6 +169,7 @@ class Comparison:
             "by": self.by,
             "kinds": list(self.kinds),
             "limit": self.rows,
+            "folds": self.folds.get(run.data),
             "target_precision": self.target_precision,
         }
 
@@ -324,13 +329,14 @@ class _Bench:
 
     def __init__(self, comparison: Comparison) -> None:
         self._comparison = comparison
-        self._splits: dict[str, dict[str, Table]] = {}
+        self._splits: dict[tuple[str, int], dict[str, Table]] = {}
 
     def run(self, run: Run) -> dict[str, Any]:
-        if run.data not in self._splits:
-            self._splits[run.data] = prepare(self._comparison, self._comparison.tables[run.data])
+        fold = run.seed if run.data in self._comparison.folds else 0
+        if (run.data, fold) not in self._splits:
+            self._splits[run.data, fold] = prepare(self._comparison, run.data, fold)
         path = record_path(self._comparison.output, run)
-        record = _run(self._comparison, self._splits[run.data], run)
+        record = _run(self._comparison, self._splits[run.data, fold], run)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {**record, "settings": self._comparison.settings(run)})
         return record
@@ -387,11 +393,14 @@ def _check_columns(comparison: Comparison, table: Table) -> None:
             raise InputError(f"--train-on {column}={value}: {table.name} has no such value{near(value, values)}")
 
 
-def prepare(comparison: Comparison, table: Table) -> dict[str, Table]:
-    """The checked rows of each split, not more than wanted; where no column splits them, the same for every seed."""
+def prepare(comparison: Comparison, data: str, fold: int = 0) -> dict[str, Table]:
+    """The checked rows of each split, at most `comparison.rows`; the same for every seed where there are no folds."""
+    table = comparison.tables[data]
     splits: dict[str, Table] = {}
     preprocessing = _preprocessing(comparison, table)
-    for split, part in split_table(table).items():
+    folds = comparison.folds.get(data)
+    parts = split_table(table) if folds is None else split_by_folds(table, folds, fold)
+    for split, part in parts.items():
         if len(part) == 0:
             raise InputError(f"{table.name}: no rows for split '{split}': add rows, or name another split column")
         if comparison.train_on is not None and split != "test":

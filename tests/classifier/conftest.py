@@ -30,7 +30,9 @@ def make_tokenizer() -> TrainedTokenizer:
 def make_model() -> CMACLIP:
     """Random weights, in training mode, as a model is when it is made."""
     torch.manual_seed(0)
-    model = create_model("tiny", TASKS, tokenizer=make_tokenizer(), image_size=32, width=32, heads=2)
+    model = create_model(
+        "tiny", TASKS, tokenizer=make_tokenizer(), image_size=32, width=32, heads=2, fusion_start="random"
+    )
     # batch norms that would change in training mode
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

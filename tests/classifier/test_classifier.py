@@ -351,7 +351,9 @@ def test_a_forward_that_would_run_in_training_mode() -> None:
 @tried("call from Python", ends="one line")
 def test_tasks_whose_columns_have_one_name() -> None:
     tasks = {"cut": ["a", "b"], "cut_top": ["c", "d"]}
-    model = create_model("tiny", tasks, tokenizer=make_tokenizer(), image_size=32, width=32, heads=2)
+    model = create_model(
+        "tiny", tasks, tokenizer=make_tokenizer(), image_size=32, width=32, heads=2, fusion_start="random"
+    )
     with pytest.raises(InputError, match="task 'cut_top' has the name"):
         Classifier(model).predict(pd.DataFrame({"title": ["red"]}), text="title")
 

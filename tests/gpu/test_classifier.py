@@ -20,7 +20,9 @@ TEXTS = ["a long red dress", None, "short blue coat", "green skirt"] * 8
 def make_pair() -> tuple[Classifier, list[Image.Image | None]]:
     torch.manual_seed(0)
     tokenizer = TrainedTokenizer.train([text for text in TEXTS if text], context_length=10)
-    model = create_model("tiny", {"colour": ["blue", "green", "red"]}, tokenizer=tokenizer, image_size=32)
+    model = create_model(
+        "tiny", {"colour": ["blue", "green", "red"]}, tokenizer=tokenizer, image_size=32, fusion_start="random"
+    )
     generator = np.random.default_rng(0)
     pictures = [Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in TEXTS]
     return Classifier(model, device="cpu"), [None if row % 4 == 2 else picture for row, picture in enumerate(pictures)]

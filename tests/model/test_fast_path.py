@@ -25,7 +25,7 @@ KINDS = {(image_kind(name), text_kind(name)): name for name in open_clip.list_mo
 def make(name: str = "ViT-B-32", **options) -> CMACLIP:
     clip = small(name)
     torch.manual_seed(1)
-    config = CMACLIPConfig(name=name, **{"width": 32, "depth": 2, "heads": 2} | options)
+    config = CMACLIPConfig(name=name, **{"width": 32, "depth": 2, "heads": 2, "fusion_start": "random"} | options)
     model = CMACLIP(config, TASKS, clip, ImagePreprocessing(size=24), OpenClipTokenizer("ViT-B-32"))
     for name_, parameter in model.named_parameters():
         if name_.endswith(("bias", "type_embedding")):

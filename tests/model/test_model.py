@@ -11,7 +11,7 @@ from cmaclip_fast import CMACLIP, Batch, InputError, create_model
 from cmaclip_fast.data import TrainedTokenizer
 
 TASKS = {"colour": ["blue", "green", "red"], "style/cut": ["long", "short"]}
-SMALL = {"image_size": 48, "width": 32, "heads": 4, "depth": 2}
+SMALL = {"image_size": 48, "width": 32, "heads": 4, "depth": 2, "fusion_start": "random"}
 
 
 def make(**options: object) -> CMACLIP:
@@ -213,3 +213,43 @@ def test_a_task_needs_two_classes() -> None:
         create_model("tiny", {"colour": ["red"]})
     with pytest.raises(InputError, match="at least one task"):
         create_model("tiny", {})
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", [{}, {"modality_attention": False}, {"fusion_gate": True}])
+def test_fusion_starts_as_the_system_without_it(options: dict, training: bool) -> None:
+    """Bit for bit in float32: `fusion_start="zero"` adds nothing until the first step."""
+    still = {"dropout": 0.0, "head_dropout": 0.0}
+    fused = make(fusion_start="zero", **still, **options)
+    unfused = make(sequence_attention=False, **still, **{k: v for k, v in options.items() if k != "fusion_gate"})
+    unfused.load_state_dict({name: fused.state_dict()[name] for name in unfused.state_dict()})
+    batch = make_batch(fused, ["red dress", None, "long blue coat", None], [True, True, False, False])
+    outputs = []
+    for model in (fused, unfused):
+        torch.manual_seed(1)  # the towers have dropout
+        outputs.append(model.train(training)(batch))
+    one, other = outputs
+    assert torch.equal(one.embedding, other.embedding)
+    for task in TASKS:
+        if not options.get("fusion_gate"):  # which adds up in another order
+            assert torch.equal(one.logits[task], other.logits[task])
+        torch.testing.assert_close(one.logits[task], other.logits[task])
+
+
+def test_every_branch_of_the_fusion_learns_from_zero() -> None:
+    model = make(fusion_start="zero").train()
+    batch = make_batch(model, ["red dress", "long blue coat"], [True, True])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):  # what lies before a product that is zero has no gradient in the first step
+        loss = sum(logits.logsumexp(1).sum() - logits[:, 0].sum() for logits in model(batch).logits.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for name, parameter in model.sequence_attention.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+    assert model.type_embedding.grad.abs().sum() > 0
+
+
+def test_a_gate_needs_both_attentions() -> None:
+    with pytest.raises(InputError, match="fusion_gate needs"):
+        make(fusion_gate=True, sequence_attention=False)

@@ -93,7 +93,7 @@ def test_other_settings_are_not_mixed_in(comparison: Comparison, records: list[d
 
 @pytest.mark.parametrize(("kind", "point"), [("text-replace", 2), ("image-drop", 3), ("image-blur", 2)])
 def test_a_curve_is_what_evaluating_damaged_rows_gives(comparison: Comparison, kind: Any, point: int) -> None:
-    test = prepare(comparison, comparison.tables["shapes"])["test"]
+    test = prepare(comparison, "shapes")["test"]
     classes = class_names(test, test.columns.tasks)
     tokenizer = TrainedTokenizer.train(test.texts(), context_length=10)
     torch.manual_seed(0)
@@ -157,7 +157,7 @@ def test_one_value_trains_and_all_are_measured(comparison: Comparison, tmp_path:
     few = replace(
         comparison, output=tmp_path, systems=("bert",), seeds=(0,), kinds=(), train_on=("shape", value), by="shape"
     )
-    splits = prepare(few, table)
+    splits = prepare(few, "shapes")
     assert set(splits["train"].labels("shape")) == {value} and len(set(splits["test"].labels("shape"))) > 1
     (record,) = compare(replace(few, train_on=None), QUIET)
     assert set(record["by"]) == set(splits["test"].labels("shape"))
@@ -180,14 +180,35 @@ def test_one_modality_is_untouched_by_damage_to_the_other(records: list[dict[str
 
 def test_all_systems_get_the_same_rows_and_at_most_so_many(comparison: Comparison) -> None:
     limited = replace(comparison, rows={"train": 20, "test": 5})
-    splits = prepare(limited, comparison.tables["shapes"])
+    splits = prepare(limited, "shapes")
     assert len(splits["train"]) == 20 and len(splits["test"]) == 5
-    again = prepare(limited, comparison.tables["shapes"])
+    again = prepare(limited, "shapes")
     assert splits["train"].texts() == again["train"].texts()
 
 
+def test_folds_are_tested_once_each(comparison: Comparison, tmp_path: Path) -> None:
+    table = comparison.tables["shapes"]
+    folds = [row % 3 for row in range(len(table))]
+    crossed = replace(
+        comparison, output=tmp_path, systems=("bert",), seeds=(0, 1, 2), kinds=(), folds={"shapes": folds}
+    )
+    tested = [prepare(crossed, "shapes", fold)["test"].texts() for fold in range(3)]
+    assert sorted(text for part in tested for text in part if text) == sorted(filter(None, table.texts()))
+    for fold in range(3):
+        parts = prepare(crossed, "shapes", fold)
+        assert parts["validation"].texts() == tested[(fold + 1) % 3]
+        assert sum(map(len, parts.values())) == len(table)
+    records = compare(crossed, QUIET)
+    assert [record["test"]["both"]["shape"]["rows"] for record in records] == [
+        sum(label is not None for label in prepare(crossed, "shapes", fold)["test"].labels("shape"))
+        for fold in range(3)
+    ]
+    with pytest.raises(InputError, match="other settings"):
+        compare(replace(crossed, folds={"shapes": folds[::-1]}), QUIET)
+
+
 def test_training_noise_damages_training_rows_alone(comparison: Comparison) -> None:
-    noisy = prepare(replace(comparison, training_noise=Noise("text-drop", 1.0)), comparison.tables["shapes"])
+    noisy = prepare(replace(comparison, training_noise=Noise("text-drop", 1.0)), "shapes")
     assert set(noisy["train"].texts()) == {None} and set(noisy["test"].texts()) != {None}
 
 
