@@ -10,8 +10,7 @@ import re
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +22,12 @@ import torch
 
 from cmaclip_fast import signals
 from cmaclip_fast.classifier.artifact import CONFIG, FILES, WEIGHTS, versions
-from cmaclip_fast.classifier.classifier import Classifier
-from cmaclip_fast.classifier.prediction import flatten, output_schema, read_output
-from cmaclip_fast.data.check import RowPolicy, tally, usable_rows
-from cmaclip_fast.data.examples import Examples
+from cmaclip_fast.classifier.labeller import Labeller, Part, Span
+from cmaclip_fast.classifier.prediction import output_schema
+from cmaclip_fast.data.check import RowPolicy, tally
 from cmaclip_fast.data.fingerprint import digest, file_digest, fingerprint, picture_digest
-from cmaclip_fast.data.kept import KeptPictures
 from cmaclip_fast.data.table import Table
 from cmaclip_fast.errors import InputError
-from cmaclip_fast.evaluation.evaluate import run
 from cmaclip_fast.files import check_output_file, replacing
 from cmaclip_fast.progress import Console, rate_bar
 from cmaclip_fast.working import WorkingFolder
@@ -54,8 +50,6 @@ _RAY_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 RESULT = "joined.parquet"
 PART = b"part"
 
-Span = tuple[int, int]
-
 
 @dataclass(frozen=True, kw_only=True)
 class BulkRun:
@@ -72,6 +66,7 @@ class BulkRun:
         workers: models side by side under `ray`; None is one for each GPU, or for each machine.
         resume: continue an interrupted run towards `output`.
         overwrite: replace a file, or drop an unfinished run, that is there.
+        profile: print where the time went; of the engine `local` alone.
     """
 
     model: Path
@@ -84,80 +79,7 @@ class BulkRun:
     workers: int | None = None
     resume: bool = False
     overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class Part:
-    """The predictions of the rows from `start` on.
-
-    Attributes:
-        rows: the rows that were labelled, of those of the part.
-        columns: what is said of them, without their keys.
-        counts: how many rows were bad in what way, and how many texts were truncated.
-    """
-
-    start: int
-    rows: list[int]
-    columns: pa.Table
-    counts: dict[str, int]
-
-
-class Labeller:
-    """Labels parts of a table with a model; a worker of either engine."""
-
-    def __init__(self, bulk: BulkRun) -> None:
-        self._bulk = bulk
-        self._device = bulk.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = Classifier.load(bulk.model, self._device).engine
-        self._schema = output_schema(pa.schema([]), self._model.tasks)
-
-    def label(self, start: int, stop: int) -> Part:
-        """
-        Raises:
-            InputError: a bad row, if such rows end the run.
-        """
-        return self._classify(*self._read(start, stop))
-
-    def label_all(self, spans: Iterable[Span], note: Callable[[int], None]) -> Iterator[Part]:
-        """One part after the other; while the model is busy with one, the pictures of the next are read.
-
-        `note` hears of the rows of each batch.
-        """
-        with ThreadPoolExecutor(1) as reader:
-            waiting = None
-            for span in spans:
-                ready, waiting = waiting, reader.submit(self._read, *span)
-                if ready is not None:
-                    yield self._classify(*ready.result(), note)
-            if waiting is not None:
-                yield self._classify(*waiting.result(), note)
-
-    def _read(self, start: int, stop: int) -> tuple[int, list[int], Examples | None, Counter[str]]:
-        rows = list(range(start, stop))
-        kept = KeptPictures(self._bulk.table.select(rows), self._model.preprocessing)
-        table, used, bad = usable_rows(kept, self._bulk.policy, lambda done, rows: signals.check())
-        counts = Counter(bad)
-        if len(table) == 0:
-            return start, [], None, counts
-        examples = Examples(table, {}, self._model.preprocessing, self._model.tokenizer)
-        if examples.truncated:
-            counts["truncated text"] = examples.truncated
-        return start, [rows[i] for i in used], examples, counts
-
-    def _classify(
-        self,
-        start: int,
-        rows: list[int],
-        examples: Examples | None,
-        counts: Counter[str],
-        note: Callable[[int], None] = lambda rows: None,
-    ) -> Part:
-        records: list[dict[str, Any]] = []
-        if examples is not None:
-            for batch, result in run(self._model, examples, self._bulk.batch_size, self._device):
-                records += map(flatten, read_output(result, self._model.tasks, self._model.taxonomies))
-                note(len(batch))
-        return Part(start, rows, pa.Table.from_pylist(records, schema=self._schema), dict(counts))
+    profile: bool = False
 
 
 def predict_table(bulk: BulkRun, tasks: dict[str, list[str]], console: Console | None = None) -> dict[str, int]:
@@ -237,7 +159,7 @@ def _label(bulk: BulkRun, parts: _Parts, missing: list[Span], console: Console) 
             bar.advance(task, rows)
             signals.check()
 
-        with closing(_work(bulk, missing, note)) as found:
+        with closing(_work(bulk, missing, note, console)) as found:
             for part in found:
                 parts.write(part)
                 done += min(PART_ROWS, len(bulk.table) - part.start)
@@ -336,9 +258,16 @@ class _Parts:
         return self._folder / f"part-{start:012d}.parquet"
 
 
-def _work(bulk: BulkRun, spans: list[Span], note: Callable[[int], None]) -> Generator[Part]:
-    if spans:
-        yield from _ray(bulk, spans) if bulk.engine == "ray" else Labeller(bulk).label_all(spans, note)
+def _work(bulk: BulkRun, spans: list[Span], note: Callable[[int], None], console: Console) -> Generator[Part]:
+    if not spans:
+        return
+    if bulk.engine == "ray":
+        yield from _ray(bulk, spans)
+        return
+    labeller = Labeller(bulk.model, bulk.table, bulk.policy, bulk.batch_size, bulk.device)
+    yield from labeller.label_all(spans, note)
+    if bulk.profile:
+        console.print(str(labeller.profile), highlight=False, soft_wrap=True)
 
 
 def _ray(bulk: BulkRun, spans: list[Span]) -> Iterator[Part]:
@@ -411,4 +340,4 @@ def _start_ray(ray: Any) -> None:
 class _Actor(Labeller):
     def __init__(self, bulk: BulkRun, threads: int) -> None:
         torch.set_num_threads(threads)
-        super().__init__(bulk)
+        super().__init__(bulk.model, bulk.table, bulk.policy, bulk.batch_size, bulk.device)

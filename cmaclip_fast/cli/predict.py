@@ -55,6 +55,9 @@ def predict(
         bool, typer.Option("--resume", help="Continue an interrupted run; the result is the same.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Print how busy the model was, and what it waited for.")
+    ] = False,
 ) -> None:
     """Predict a table and write Parquet: per task label, probability, top five classes and modality weights.
 
@@ -91,6 +94,7 @@ def predict(
         workers=workers,
         resume=resume,
         overwrite=overwrite,
+        profile=profile,
     )
     try:
         counts = predict_table(bulk, config.tasks, err)

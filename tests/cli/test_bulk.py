@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
@@ -18,6 +21,7 @@ import pytest
 from cmaclip_fast import InputError
 from cmaclip_fast.classifier import bulk
 from cmaclip_fast.classifier.artifact import load_config
+from cmaclip_fast.classifier.labeller import ahead
 from cmaclip_fast.data import table as tables
 
 from .conftest import Done, write_data
@@ -49,15 +53,16 @@ def whole(cmaclip: Run, arguments: list[object], tmp_path: Path) -> Path:
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int | None) -> list[int]:
     """Ends the next run after so many parts, as Ctrl-C does; lists the parts that were begun."""
     begun: list[int] = []
-    classify = bulk.Labeller._classify
+    records = bulk.Labeller._records
 
-    def stopping(self: bulk.Labeller, start: int, *rest: object) -> bulk.Part:
-        if len(begun) == after:
-            raise KeyboardInterrupt
-        begun.append(start)
-        return classify(self, start, *rest)
+    def stopping(self: bulk.Labeller, step: Any) -> list[dict[str, Any]]:
+        if step.start not in begun:
+            if len(begun) == after:
+                raise KeyboardInterrupt
+            begun.append(step.start)
+        return records(self, step)
 
-    monkeypatch.setattr(bulk.Labeller, "_classify", stopping)
+    monkeypatch.setattr(bulk.Labeller, "_records", stopping)
     return begun
 
 
@@ -227,3 +232,54 @@ def test_a_signal_ends_ray_too(
     assert gone and not alive
     assert cmaclip(*arguments, "--resume").code == 0
     assert pq.read_table(tmp_path / "labels.parquet")["id"].to_pylist() == [f"item-{row}" for row in range(50)]
+
+
+def test_how_busy_the_model_was_is_printed(cmaclip: Run, arguments: list[object], whole: Path, tmp_path: Path) -> None:
+    done = cmaclip(*arguments, "--profile")
+    assert done.code == 0 and re.search(r"model busy \d+\.\d%: computing .* waiting for rows", done.err), done.err
+    assert pq.read_table(arguments[-1]).equals(pq.read_table(whole))
+
+
+def test_items_are_made_ahead_and_no_further() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    with closing(ahead(items(), 3)) as found:
+        assert next(found) == 0
+        deadline = time.monotonic() + 10
+        while len(made) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(made) == 5  # three wait, and the fifth has no room yet
+        assert [next(found) for _ in range(4)] == [1, 2, 3, 4]
+    assert len(made) < 15, "closing ends the thread"
+    assert not [thread for thread in threading.enumerate() if thread.name == "cmaclip-ahead"]
+
+
+def test_an_error_comes_after_the_items_before_it() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise InputError("row 2: bad")
+
+    found = ahead(items(), 3)
+    assert next(found) == 1
+    with pytest.raises(InputError, match="row 2"):
+        next(found)
+
+
+def test_the_model_does_not_wait_for_rows_or_answers() -> None:
+    """Reading, computing and writing overlap: the whole takes little more than the slowest."""
+
+    def slowly(items: Iterable[int]) -> Iterator[int]:
+        for item in items:
+            time.sleep(0.02)
+            yield item
+
+    started = time.perf_counter()
+    with closing(ahead(slowly(ahead(slowly(range(20)), 4)), 4)) as found:
+        assert list(slowly(found)) == list(range(20))
+    assert time.perf_counter() - started < 2 * 20 * 0.02

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -277,17 +278,17 @@ def test_a_signal_ends_prediction_after_its_batch(
     monkeypatch.setattr(bulk, "PART_ROWS", 16)
     command = ["predict", artifact, "--data", write_data(tmp_path / "data", rows=50), "--key", "id"]
     assert cmaclip(*command, "--output", tmp_path / "whole.parquet").code == 0
-    classify, begun = bulk.Labeller._classify, []
+    records, begun = bulk.Labeller._records, []
 
-    def sending(self: bulk.Labeller, *arguments: object) -> bulk.Part:
-        begun.append(arguments[0])
+    def sending(self: bulk.Labeller, step: Any) -> list[dict[str, Any]]:
+        begun.append(step.start)
         if len(begun) == 3:
             os.kill(os.getpid(), getattr(signal, name))
-        return classify(self, *arguments)  # type: ignore[arg-type]
+        return records(self, step)
 
     output = tmp_path / "labels.parquet"
     with monkeypatch.context() as patch:
-        patch.setattr(bulk.Labeller, "_classify", sending)
+        patch.setattr(bulk.Labeller, "_records", sending)
         done = cmaclip(*command, "--output", output)
     assert done.code == WORDS[name] and "--resume" in done.err and "Traceback" not in done.err
     kept = sorted(path.name for path in tmp_path.glob("labels*/*"))

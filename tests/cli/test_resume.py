@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,15 +54,16 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
 
 def stop_prediction(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
     begun: list[int] = []
-    classify = bulk.Labeller._classify
+    records = bulk.Labeller._records
 
-    def stopping(self: bulk.Labeller, start: int, *rest: object) -> bulk.Part:
-        if len(begun) == after:
-            raise KeyboardInterrupt
-        begun.append(start)
-        return classify(self, start, *rest)  # type: ignore[arg-type]
+    def stopping(self: bulk.Labeller, step: Any) -> list[dict[str, Any]]:
+        if step.start not in begun:
+            if len(begun) == after:
+                raise KeyboardInterrupt
+            begun.append(step.start)
+        return records(self, step)
 
-    monkeypatch.setattr(bulk.Labeller, "_classify", stopping)
+    monkeypatch.setattr(bulk.Labeller, "_records", stopping)
     return begun
 
 
