@@ -21,6 +21,7 @@ OPTIONS = {
     "exponents below 1": (0.5, 0.3, 0.2),
     "margin alone": (0.0, 0.0, 0.3),
     "positive alone": (1.5, 0.0, 0.0),
+    "small margin": (0.0, 2.0, 1e-6),
 }
 
 
