@@ -12,6 +12,7 @@ import torch
 from tests.emulator import attention, emulate
 from tests.emulator.arrays import ends
 from tests.emulator.attention import Attention
+from tests.emulator.binary_loss import BinaryLoss
 from tests.emulator.loss import Loss
 from tests.emulator.packing import Packing
 from tests.emulator.pool import Pool
@@ -169,3 +170,14 @@ def loss_costs(name: str, classes: list[int], dtype: str = "fp16") -> Iterator[C
     for kernel, report in loss.reports.items():
         shown = kernel if kernel.startswith("add_") else f"{kernel}_{loss.plan}"
         yield Cost("multitask_cross_entropy", name, dtype, shown, report)
+
+
+def binary_loss_costs(name: str, classes: list[int], dtype: str = "fp16") -> Iterator[Cost]:
+    logits = torch.randn(BATCH, sum(classes)).to(DTYPES[dtype])
+    targets = torch.ones(logits.shape, dtype=torch.int8)
+    operator = "multitask_binary_cross_entropy"
+    loss = BinaryLoss(kernels(operator), logits, targets, ends(classes), options=(1.0, 4.0, 0.05), orders=ORDER)
+    _, weight_sum = loss.forward()
+    loss.backward(torch.ones(len(classes)), weight_sum)
+    for kernel, report in loss.reports.items():
+        yield Cost(operator, name, dtype, kernel, report)

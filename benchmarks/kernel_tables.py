@@ -30,6 +30,7 @@ from benchmarks.kernel_costs import (
     WIDTH,
     Cost,
     attention_costs,
+    binary_loss_costs,
     kernels,
     loss_costs,
     pack_costs,
@@ -51,6 +52,8 @@ COSTS: tuple[Callable[[], Iterable[Cost]], ...] = (
     functools.partial(pack_costs, 77, 50),
     functools.partial(loss_costs, "19, 61 and 12 classes", [19, 61, 12]),
     functools.partial(loss_costs, "4096 classes", [4096]),
+    functools.partial(binary_loss_costs, "19, 61 and 12 classes", [19, 61, 12]),
+    functools.partial(binary_loss_costs, "4096 classes", [4096]),
 )
 
 
@@ -338,6 +341,7 @@ SHAPES = {
     "modality_pool": f"{BATCH} rows, 2 modalities, width {WIDTH}.",
     "pack_tokens": f"{BATCH} rows, width {WIDTH}, with type embeddings; its few operations are not counted.",
     "multitask_cross_entropy": f"{BATCH} rows, label smoothing; its few operations are not counted.",
+    "multitask_binary_cross_entropy": f"{BATCH} rows, exponents and a margin; its operations are not counted.",
 }
 
 SECTIONS = {"cuda": cuda_section, "triton": triton_section, "counts": counts_section}

@@ -29,8 +29,14 @@ import typer
 from torch import Tensor
 
 from cmaclip_fast import env
-from cmaclip_fast.bench.loops import cross_entropy_loop, keyless_loop
-from cmaclip_fast.ops import modality_pool, multitask_cross_entropy, pack_tokens, packed_attention
+from cmaclip_fast.bench.loops import binary_cross_entropy_loop, cross_entropy_loop, keyless_loop
+from cmaclip_fast.ops import (
+    modality_pool,
+    multitask_binary_cross_entropy,
+    multitask_cross_entropy,
+    pack_tokens,
+    packed_attention,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BACKENDS = {"cpu": ["cpp"], "cuda": ["cuda", "triton"]}
@@ -129,6 +135,7 @@ class Operator(str, Enum):
     pack = "pack"
     pool = "pool"
     loss = "loss"
+    binary_loss = "binary_loss"
 
 
 def main(
@@ -270,6 +277,29 @@ def loss(target: Target, shapes: Sequence[tuple[int, list[int]]] = LOSS_SHAPES) 
         yield from pairs(target, "multitask_cross_entropy", name, [logits], ours, theirs)
 
 
+def binary_loss(target: Target, shapes: Sequence[tuple[int, list[int]]] = LOSS_SHAPES) -> Iterator[Pair]:
+    """The asymmetric loss, with the exponents and the margin of its paper."""
+    for rows, classes in shapes:
+        logits = target.randn(rows, sum(classes))
+        bounds = [0, *itertools.accumulate(classes)]
+        offsets = torch.tensor(bounds, dtype=torch.int32, device=target.device)
+        generator = torch.Generator().manual_seed(0)
+        targets = torch.randint(-1, 2, (rows, sum(classes)), generator=generator, dtype=torch.int8)
+        targets[0] = 1
+        targets = targets.to(target.device)
+
+        def ours(x: Tensor = logits, y: Tensor = targets, ends: Tensor = offsets) -> Tensor:
+            return multitask_binary_cross_entropy(
+                x, y, ends, gamma_positive=1, gamma_negative=4, margin=0.05, backend=target.backend
+            )
+
+        def theirs(x: Tensor = logits, y: Tensor = targets, ends: list[int] = bounds) -> Tensor:
+            return binary_cross_entropy_loop(x, y, ends, 1, 4, 0.05)
+
+        name = f"{rows} rows, {len(classes)} tasks of {sum(classes) // len(classes)} classes"
+        yield from pairs(target, "multitask_binary_cross_entropy", name, [logits], ours, theirs)
+
+
 def attention(target: Target) -> Iterator[Pair]:
     for shape in SHAPES:
         yield from attention_pairs(shape, target)
@@ -406,6 +436,7 @@ PAIRS: dict[Operator, Callable[[Target], Iterator[Pair]]] = {
     Operator.pack: pack,
     Operator.pool: pool,
     Operator.loss: loss,
+    Operator.binary_loss: binary_loss,
 }
 
 

@@ -22,14 +22,15 @@ SCRIPT = ROOT / "benchmarks" / "operators.py"
 
 @pytest.mark.skipif(available_backends()["cpp"] is not None, reason="the extension is not built")
 def test_operators(tmp_path):
-    command = [sys.executable, SCRIPT, "pack", "pool", "loss", "--only", "32 rows", "--dtype", "float32"]
+    command = [sys.executable, SCRIPT, "pack", "pool", "loss", "binary_loss", "--only", "32 rows", "--dtype", "float32"]
     done = subprocess.run([*command, "--write", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = tmp_path.glob("*.json")
     report = json.loads(path.read_text())
     table = (tmp_path / "operators-cpu.md").read_text()
     assert table.count("\n| ") == len(report["results"]) + 1 and f"| {report['results'][0]['ratio']:.2f} |" in table
-    assert {row["operator"] for row in report["results"]} == {"pack_tokens", "modality_pool", "multitask_cross_entropy"}
+    names = {"pack_tokens", "modality_pool", "multitask_cross_entropy", "multitask_binary_cross_entropy"}
+    assert {row["operator"] for row in report["results"]} == names
     assert all(row["ours"][0] <= row["ours"][1] <= row["ours"][2] and row["ratio"] > 0 for row in report["results"])
     assert report["packages"]["torch"] and report["processor"]["threads"]
 

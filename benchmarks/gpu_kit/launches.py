@@ -12,6 +12,7 @@ from cmaclip_fast.ops import dispatch
 from tests.ops.support import (
     Case,
     modality_pool_case,
+    multitask_binary_cross_entropy_case,
     multitask_cross_entropy_case,
     pack_tokens_case,
     packed_attention_case,
@@ -52,6 +53,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "pack": lambda: pack_tokens_case(8, 77, 50, 512, spare=9),
     "loss": lambda: multitask_cross_entropy_case(32, [19, 61, 12], True, 0.1),
     "loss, many classes": lambda: multitask_cross_entropy_case(3, [5001], True, 0.1),
+    "binary loss": lambda: multitask_binary_cross_entropy_case(32, [19, 61, 12], True, 1.0, 4.0, 0.05),
 }
 DTYPES = (torch.float16, torch.float32)
 

@@ -1,4 +1,4 @@
-"""The loops over tasks that `modality_pool`, `multitask_cross_entropy` and `TaskHeads` replace."""
+"""The loops over tasks that `modality_pool`, the losses of many tasks and `TaskHeads` replace."""
 
 from __future__ import annotations
 
@@ -43,6 +43,27 @@ def cross_entropy_loop(logits: Tensor, labels: Tensor, bounds: Sequence[int]) ->
     return torch.stack(
         [F.cross_entropy(logits[:, a:b].float(), labels[:, k], ignore_index=-1) for k, (a, b) in enumerate(parts)]
     )
+
+
+def binary_cross_entropy_loop(
+    logits: Tensor,
+    targets: Tensor,
+    bounds: Sequence[int],
+    gamma_positive: float,
+    gamma_negative: float,
+    margin: float,
+) -> Tensor:
+    """`multitask_binary_cross_entropy` task by task, as the authors of the asymmetric loss write it -> `[K]`."""
+    losses = []
+    for a, b in itertools.pairwise(bounds):
+        target, p = targets[:, a:b], logits[:, a:b].float().sigmoid()
+        has, has_not = (target == 1).float(), (target == 0).float()
+        rest = (1 - p + margin).clamp(max=1)
+        loss = has * p.clamp(min=1e-8).log() + has_not * rest.clamp(min=1e-8).log()
+        exponent = gamma_positive * has + gamma_negative * has_not
+        loss = loss * (1 - p * has - rest * has_not).pow(exponent)
+        losses.append(-loss.sum() / (target >= 0).sum().clamp(min=1))
+    return torch.stack(losses)
 
 
 def heads_apart(heads: TaskHeads) -> nn.ModuleList:

@@ -21,7 +21,13 @@ from cmaclip_fast.ops import preferences, reference, varlen
 from cmaclip_fast.ops.checks import debug
 
 BACKENDS = ("reference", "cpp", "triton", "cuda", "torch")
-OPERATORS = ("pack_tokens", "packed_attention", "modality_pool", "multitask_cross_entropy")
+OPERATORS = (
+    "pack_tokens",
+    "packed_attention",
+    "modality_pool",
+    "multitask_cross_entropy",
+    "multitask_binary_cross_entropy",
+)
 
 _ON_CPU = ("cpp", "reference")
 _DTYPES = {

@@ -242,3 +242,73 @@ def _labelled(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
 
 def _inverse(weight_sum: Tensor) -> Tensor:
     return torch.where(weight_sum > 0, 1 / weight_sum, 0)
+
+
+def multitask_binary_cross_entropy_forward(
+    logits: Tensor,  # [B, C]
+    targets: Tensor,  # [B, C] int8
+    offsets: Tensor,  # [K + 1] int32
+    class_weight: Tensor | None,  # [C]
+    gamma_positive: float,
+    gamma_negative: float,
+    margin: float,
+) -> tuple[Tensor, Tensor]:  # [K], [K]
+    losses, _ = _binary_losses(logits, targets, gamma_positive, gamma_negative, margin)
+    weight = _weight_of_known(losses, targets, class_weight)
+    losses = torch.where(targets >= 0, weight * losses, 0)
+    weight_sum = torch.stack([weight[:, start:end].sum() for start, end in _tasks(offsets)])
+    loss = torch.stack([losses[:, start:end].sum() for start, end in _tasks(offsets)])
+    return loss * _inverse(weight_sum), weight_sum
+
+
+def multitask_binary_cross_entropy_backward(
+    grad_loss: Tensor,  # [K]
+    logits: Tensor,  # [B, C]
+    targets: Tensor,  # [B, C] int8
+    offsets: Tensor,  # [K + 1] int32
+    class_weight: Tensor | None,  # [C]
+    gamma_positive: float,
+    gamma_negative: float,
+    margin: float,
+    weight_sum: Tensor,  # [K]
+) -> Tensor:  # [B, C]
+    _, slopes = _binary_losses(logits, targets, gamma_positive, gamma_negative, margin)
+    weight = _weight_of_known(slopes, targets, class_weight)
+    scale = grad_loss * _inverse(weight_sum)
+    scale = torch.cat([scale[task].expand(end - start) for task, (start, end) in enumerate(_tasks(offsets))])  # [C]
+    return (torch.where(targets >= 0, weight * slopes, 0) * scale).to(logits.dtype)
+
+
+def _binary_losses(
+    logits: Tensor, targets: Tensor, gamma_positive: float, gamma_negative: float, margin: float
+) -> tuple[Tensor, Tensor]:
+    """The loss of each element and its slope, `[B, C]`; of no meaning where the target is unknown."""
+    x = logits.to(wide(logits.dtype))
+    positive = targets > 0
+    # Having a class is what not having it is at the opposite logit.
+    x = torch.where(positive, -x, x)
+    p, other = torch.sigmoid(x), torch.sigmoid(-x)
+    loss, opposite = -F.logsigmoid(-x), -F.logsigmoid(x)  # -log(1 - p), -log(p)
+    gamma = torch.where(positive, x.new_tensor(gamma_positive), x.new_tensor(gamma_negative))
+    # An exponent of 0 counts for nothing at infinite logits too.
+    focus = torch.exp(-torch.where(gamma > 0, gamma * opposite, 0))
+    slope = focus * (p + torch.where(gamma > 0, gamma * other * loss, 0))
+    loss = focus * loss
+    if margin > 0:
+        counts = ~(p <= margin)
+        q = torch.where(counts, p - margin, 0.25)
+        rest = other + margin  # 1 - q
+        log_rest = -torch.where(q < 0.5, torch.log1p(-q), torch.log(rest))
+        focus = q**gamma_negative
+        shifted_slope = p * other * focus * (gamma_negative * log_rest / q + 1 / rest)
+        loss = torch.where(positive, loss, torch.where(counts, focus * log_rest, 0))
+        slope = torch.where(positive, slope, torch.where(counts, shifted_slope, 0))
+    slope = torch.where(positive, -slope, slope)
+    # A target above 1 must show.
+    return torch.where(targets > 1, torch.nan, loss), torch.where(targets > 1, torch.nan, slope)
+
+
+def _weight_of_known(like: Tensor, targets: Tensor, class_weight: Tensor | None) -> Tensor:
+    """`[B, C]`, 0 where the target is unknown."""
+    known = (targets >= 0).to(like.dtype)
+    return known if class_weight is None else known * class_weight.to(like.dtype)

@@ -45,6 +45,7 @@ INSTANCES = {
         *(f"{direction}_warps<T, {tile}>" for direction in ("forward", "backward") for tile in ("true", "false")),
         *("forward_blocks<T>", "backward_blocks<T>", "add_class_weights<T>", "add_rows"),
     ],
+    "multitask_binary_cross_entropy": ["sum_columns<T>", "add_parts", "scale_columns<T>", "gradient<T>"],
 }
 
 

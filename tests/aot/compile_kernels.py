@@ -104,11 +104,25 @@ def multitask_cross_entropy(dtype: str, every: bool) -> Iterator[Variant]:
         yield kernel, types, {"SMOOTH": True, "BLOCK_C": 1024, "num_warps": 4}
 
 
+def multitask_binary_cross_entropy(dtype: str, every: bool) -> Iterator[Variant]:
+    sums = dict.fromkeys(("losses", "weights", "loss", "weight_sum", "grad_loss", "scales"), "*fp32")
+    elements = dict.fromkeys(("logits", "class_weight", "grad_logits"), "T") | {"targets": "*i8", "offsets": "*i32"}
+    options = dict.fromkeys(("gamma_positive", "gamma_negative", "margin"), "fp32")
+    types = sums | elements | options | {"rows": "i32", "classes": "i32", "parts": "i32"}
+    columns = kernels_of("multitask_binary_cross_entropy").COLUMNS
+    for kernel in ("loss_kernel", "scale_kernel"):
+        yield kernel, types, {"BLOCK_C": columns}
+    rows = kernels_of("multitask_binary_cross_entropy").ROWS
+    for kernel in ("columns_kernel", "grad_kernel"):
+        yield kernel, types, {"FOCUSED": True, "SHIFTED": True, "BLOCK_B": rows, "BLOCK_C": columns}
+
+
 VARIANTS = {
     "modality_pool": modality_pool,
     "pack_tokens": pack_tokens,
     "packed_attention": packed_attention,
     "multitask_cross_entropy": multitask_cross_entropy,
+    "multitask_binary_cross_entropy": multitask_binary_cross_entropy,
 }
 
 

@@ -42,6 +42,7 @@ WIDE = {
         "forward_blocks<T>": {"global load"},
         "backward_blocks<T>": {"global load", "global store"},
     },
+    "multitask_binary_cross_entropy": {},
 }
 
 

@@ -15,6 +15,7 @@ KERNELS = {
     "pack_tokens": {"cu_seqlens_kernel", "pack_kernel", "unpack_kernel", "type_kernel"},
     "packed_attention": {"forward_kernel", "grad_q_kernel", "grad_kv_kernel"},
     "multitask_cross_entropy": {"row_kernel", "loss_kernel", "grad_kernel"},
+    "multitask_binary_cross_entropy": {"columns_kernel", "loss_kernel", "scale_kernel", "grad_kernel"},
 }
 
 

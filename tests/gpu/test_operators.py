@@ -9,6 +9,7 @@ from support import (
     Case,
     check,
     modality_pool_case,
+    multitask_binary_cross_entropy_case,
     multitask_cross_entropy_case,
     pack_tokens_case,
     packed_attention_case,
@@ -42,11 +43,23 @@ CASES = {
     "multitask_cross_entropy, many classes": lambda: multitask_cross_entropy_case(9, [100_000]),
     "multitask_cross_entropy, odd": lambda: multitask_cross_entropy_case(9, [5001, 2], True, 0.1),
     "multitask_cross_entropy, many tasks": lambda: multitask_cross_entropy_case(3, [40] * 600, True),
+    "multitask_binary_cross_entropy": lambda: multitask_binary_cross_entropy_case(64, [19, 61, 12]),
+    "multitask_binary_cross_entropy, asymmetric": lambda: multitask_binary_cross_entropy_case(
+        50, [19, 400, 12], True, 1.0, 4.0, 0.05
+    ),
+    "multitask_binary_cross_entropy, many classes": lambda: multitask_binary_cross_entropy_case(9, [100_000]),
+    "multitask_binary_cross_entropy, many tasks": lambda: multitask_binary_cross_entropy_case(3, [40] * 600, True, 2.0),
 }
 
 
 BACKENDS = ("triton", "cuda", "torch")
-OF_EACH = ("modality_pool, small", "pack_tokens, odd", "packed_attention", "multitask_cross_entropy")
+OF_EACH = (
+    "modality_pool, small",
+    "pack_tokens, odd",
+    "packed_attention",
+    "multitask_cross_entropy",
+    "multitask_binary_cross_entropy, asymmetric",
+)
 
 
 def case_of(name: str, backend: str, dtype: torch.dtype) -> Case:
@@ -133,6 +146,15 @@ def test_a_label_past_the_last_class(backend):
     arguments = case_of("multitask_cross_entropy", backend, torch.float32).tensors(torch.float32, "cuda")
     arguments["labels"][5, 1] = 61
     loss = ops.multitask_cross_entropy(**arguments, backend=backend)
+    assert loss.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_target_above_1(backend):
+    """No error without waiting for the device: the task's loss is NaN."""
+    arguments = case_of("multitask_binary_cross_entropy", backend, torch.float32).tensors(torch.float32, "cuda")
+    arguments["targets"][5, 20] = 2
+    loss = ops.multitask_binary_cross_entropy(**arguments, backend=backend)
     assert loss.isnan().tolist() == [False, True, False]
 
 

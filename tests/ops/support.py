@@ -183,3 +183,24 @@ def multitask_cross_entropy_case(
         "label_smoothing": label_smoothing,
     }
     return Case("multitask_cross_entropy", arguments, fixed=("class_weight",))
+
+
+def multitask_binary_cross_entropy_case(
+    rows: int,
+    classes: Sequence[int],
+    weighted: bool = False,
+    gamma_positive: float = 0.0,
+    gamma_negative: float = 0.0,
+    margin: float = 0.0,
+) -> Case:
+    width = sum(classes)
+    arguments = {
+        "logits": torch.randn(rows, width) * 3,
+        "targets": torch.randint(-1, 2, (rows, width), dtype=torch.int8),
+        "offsets": ends(classes),
+        "class_weight": torch.rand(width) if weighted else None,
+        "gamma_positive": gamma_positive,
+        "gamma_negative": gamma_negative,
+        "margin": margin,
+    }
+    return Case("multitask_binary_cross_entropy", arguments, fixed=("class_weight",))

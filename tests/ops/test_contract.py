@@ -10,6 +10,7 @@ import torch
 from support import (
     Case,
     modality_pool_case,
+    multitask_binary_cross_entropy_case,
     multitask_cross_entropy_case,
     pack_tokens_case,
     packed_attention_case,
@@ -19,6 +20,7 @@ from torch import Tensor, library
 
 from cmaclip_fast import ops
 from cmaclip_fast.ops import available_backends
+from cmaclip_fast.ops.dispatch import OPERATORS
 
 CASES: dict[str, Callable[[], Case]] = {
     "modality_pool": lambda: modality_pool_case(5, 3, 20, 4),
@@ -30,6 +32,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "packed_attention, causal": lambda: packed_attention_case([5, 3], heads=1, size=33, causal=True),
     "multitask_cross_entropy": lambda: multitask_cross_entropy_case(6, [3, 9], weighted=True, label_smoothing=0.1),
     "multitask_cross_entropy, plain": lambda: multitask_cross_entropy_case(5, [4]),
+    "multitask_binary_cross_entropy": lambda: multitask_binary_cross_entropy_case(6, [3, 9], True, 1.0, 4.0, 0.05),
+    "multitask_binary_cross_entropy, plain": lambda: multitask_binary_cross_entropy_case(5, [4]),
 }
 BACKENDS = ("reference", "cpp")
 
@@ -64,7 +68,7 @@ def test_opcheck(name, dtype, layout, backend):
     library.opcheck(operator, schema_arguments(case, dtype, layout, backend), **tolerance)
 
 
-@pytest.mark.parametrize("name", ["modality_pool", "pack_tokens", "packed_attention", "multitask_cross_entropy"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_compile(name):
     case = CASES[name]()
     if case.operator == "pack_tokens" and "capacity" not in case.arguments:
@@ -113,15 +117,16 @@ class Called(torch.nn.Module):
         return getattr(ops, self.operator)(**dict(zip(names, tensors, strict=True)), **options)
 
 
-@pytest.mark.parametrize("operator", ["modality_pool", "pack_tokens", "packed_attention", "multitask_cross_entropy"])
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_export_with_a_dynamic_batch(operator):
     make = {
         "modality_pool": lambda rows: modality_pool_case(rows, 2, 8, 3),
         "pack_tokens": lambda rows: pack_tokens_case(rows, 4, 3, 8),
         "packed_attention": lambda rows: packed_attention_case([3] * rows, size=8),
         "multitask_cross_entropy": lambda rows: multitask_cross_entropy_case(rows, [3, 4]),
+        "multitask_binary_cross_entropy": lambda rows: multitask_binary_cross_entropy_case(rows, [3, 4]),
     }[operator]
-    batched = {"modality_pool": 3, "pack_tokens": 4, "packed_attention": 5, "multitask_cross_entropy": 2}[operator]
+    batched = {"modality_pool": 3, "pack_tokens": 4, "packed_attention": 5}.get(operator, 2)
     fixed = {"weight", "type_embedding", "offsets", "class_weight"}
     case = make(5).arguments
     options = {name: Tensor if isinstance(value, Tensor) else value for name, value in case.items()}
@@ -142,6 +147,7 @@ def test_export_with_a_dynamic_batch(operator):
         ("modality_pool", torch.float32),
         ("pack_tokens", torch.float32),
         ("multitask_cross_entropy", torch.float32),
+        ("multitask_binary_cross_entropy", torch.float32),
     ],
 )
 def test_autocast(name, expected, backend):

@@ -10,6 +10,7 @@ import torch
 from support import (
     Case,
     modality_pool_case,
+    multitask_binary_cross_entropy_case,
     multitask_cross_entropy_case,
     pack_tokens_case,
     packed_attention_case,
@@ -27,6 +28,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "packed_attention": lambda: packed_attention_case([2, 0, 3], [3, 1, 2], heads=2, size=3, causal=True, spare=1),
     "pack_tokens": lambda: pack_tokens_case(3, 2, 2, 3, spare=2),
     "multitask_cross_entropy": lambda: multitask_cross_entropy_case(3, [2, 3], True, 0.1),
+    "multitask_binary_cross_entropy": lambda: multitask_binary_cross_entropy_case(3, [2, 3], True, 1.5, 4.0, 0.05),
+    "multitask_binary_cross_entropy, plain": lambda: multitask_binary_cross_entropy_case(3, [2, 3]),
 }
 BACKENDS = [name for name in ("reference", "cpp") if available_backends()[name] is None]
 needs_cpp = pytest.mark.skipif("cpp" not in BACKENDS, reason="the extension is not built")
@@ -142,7 +145,7 @@ def test_vmap(name, backend):
 
 
 @tried
-@pytest.mark.parametrize("name", ["modality_pool", "multitask_cross_entropy"])
+@pytest.mark.parametrize("name", ["modality_pool", "multitask_cross_entropy", "multitask_binary_cross_entropy"])
 def test_gradients_of_single_examples(name):
     run, (x, *others) = function_of(CASES[name](), torch.float32)
     many = torch.stack([x, 2 * x, -x])

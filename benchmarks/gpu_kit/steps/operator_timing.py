@@ -23,6 +23,7 @@ PAIRS: dict[str, Callable[[operators.Target], Iterable[operators.Pair]]] = {
     "modality_pool": lambda target: operators.pool(target, POOL_SHAPES[target.device]),
     "pack_tokens": lambda target: operators.pack(target, PACK_SHAPES[target.device]),
     "multitask_cross_entropy": lambda target: operators.loss(target, operators.LOSS_SHAPES[:1]),
+    "multitask_binary_cross_entropy": lambda target: operators.binary_loss(target, operators.LOSS_SHAPES[:1]),
 }
 
 

@@ -55,4 +55,15 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+// The sum of the values of a block of `Warps` warps, in a fixed order, in thread 0. `partial` has a place for each warp.
+// All threads must call it.
+template <int Warps>
+__device__ __forceinline__ float block_sum(float x, float* partial) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  x = warp_sum(x);
+  if (lane == 0) partial[warp] = x;
+  __syncthreads();
+  return warp == 0 ? warp_sum(lane < Warps ? partial[lane] : 0) : 0;
+}
+
 }  // namespace cmaclip

@@ -248,15 +248,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
            row_weight);
 }
 
-// The sum of the block's values, in a fixed order, in thread 0. All kBlockThreads threads must call it.
-__device__ __forceinline__ float block_sum(float x, float* partial) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  x = warp_sum(x);
-  if (lane == 0) partial[warp] = x;
-  __syncthreads();
-  return warp == 0 ? warp_sum(lane < kBlockWarps ? partial[lane] : 0) : 0;
-}
-
 // loss and weight_sum [K] from the rows' parts [K, B]. Grid K, kBlockThreads threads.
 __global__ void __launch_bounds__(kBlockThreads, 1)
     add_rows(Shape shape, const float* __restrict__ row_loss, const float* __restrict__ row_weight,
@@ -269,8 +260,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     task_loss += row_loss[task * shape.rows + row];
     task_weight += row_weight[task * shape.rows + row];
   }
-  task_loss = block_sum(task_loss, partial[0]);
-  task_weight = block_sum(task_weight, partial[1]);
+  task_loss = block_sum<kBlockWarps>(task_loss, partial[0]);
+  task_weight = block_sum<kBlockWarps>(task_weight, partial[1]);
   if (threadIdx.x > 0) return;
   loss[task] = task_loss * inverse(task_weight);
   weight_sum[task] = task_weight;
@@ -285,7 +276,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const int task = blockIdx.x, end = offsets[task + 1];
   float total = 0;
   for (int c = offsets[task] + threadIdx.x; c < end; c += kBlockThreads) total += to_float(class_weight[c]);
-  total = block_sum(total, partial);
+  total = block_sum<kBlockWarps>(total, partial);
   if (threadIdx.x == 0) totals[task] = total;
 }
 
