@@ -10,7 +10,7 @@
 # make heads    time the heads of 1 to 1,024 tasks, batched and in a loop, and write docs/tables/heads.md
 # make gpu-kit  write dist/gpu-kit: what proves and times the package on a GPU, on a machine without a network
 # make gpu      run the kit on this machine's GPU and write docs/gpu.md, or say that nothing was run
-# make tables   compile all kernels, count in the emulator, and write the tables of docs/kernels.md
+# make tables   compile all kernels, count in the emulator, and write docs/tables/kernels.md
 # make reliability  count what the tests try of bad inputs, kills and faults, and write docs/reliability.md
 # make lint | clean
 

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/kernels.md: what the kernels need, and what they move and compute beside the roofline.
+"""Writes docs/tables/kernels.md: what the kernels need, and what they move and compute beside the roofline.
 
     python -m benchmarks.kernel_tables
 
@@ -42,7 +42,7 @@ from tests.emulator import attention, emulate
 
 ROOT = Path(__file__).parents[1]
 
-DOCS = ROOT / "docs" / "kernels.md"
+DOCS = ROOT / "docs" / "tables" / "kernels.md"
 
 COSTS: tuple[Callable[[], Iterable[Cost]], ...] = (
     *(functools.partial(attention_costs, row) for row in ROWS),

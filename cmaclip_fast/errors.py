@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend, and how text from outside is shown."""
+"""Errors that a user can cause and fix, and how text from outside is shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two things that travel: a `Batch` into every system, an `Output` out of it."""
+"""The input and output of every system: `Batch` and `Output`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Batch:
     """A batch of image-text pairs.
 
     Attributes:
-        images: `[B, 3, H, W]` float, normalised; the pixels of an absent image are ignored. For a `CMACLIP` it may be
-            `[B, 3, 0, 0]` where no row has an image.
+        images: `[B, 3, H, W]` float, normalised; pixels of a missing image are ignored. For a `CMACLIP` it may be
+            `[B, 3, 0, 0]` if no row has an image.
         tokens: `[B, L]` int64, padded on the right; start and end tokens included.
         text_lengths: `[B]` int32, tokens up to and with the end token; the length of an absent text is ignored.
         present: `[B, 2]` bool, whether the text and the image (in this order) exist.
@@ -79,15 +79,15 @@ class AttentionMaps:
 
 @dataclass
 class Output:
-    """What a system says of a batch. What a system does not have is None.
+    """Predictions for a batch; fields that a system lacks are None.
 
     Attributes:
         logits: for each task `[B, C_task]`.
         modality_weights: for each task `[B, 2]`, the weights of text and image; rows sum to 1, or are 0 with neither.
         embedding: `[B, 2, D]`, the aggregate text and image embeddings; 0 where absent.
-        towers: `[B, 2, D]`, the global tokens of the towers before fusion; of no meaning where absent.
+        towers: `[B, 2, D]`, the global tokens of the towers before fusion; undefined where absent.
         attention: the sequence-wise attention maps, when asked for.
-        kept: what a system's own losses of training need again.
+        kept: intermediate results that a system's own training losses need.
         packed: `[B, C]`, the logits of all tasks side by side, where `logits` are views of it.
     """
 

@@ -153,7 +153,7 @@ class WorkingFolder:
             if changed:
                 raise InputError(
                     f"{self.path}: was begun with other settings ({', '.join(changed)}): "
-                    "resume with the same ones, or pass --overwrite to start anew"
+                    "resume with the same ones, or pass --overwrite to start again"
                 )
         self._write_note(settings=now)
 
@@ -250,7 +250,7 @@ class WorkingFolder:
         except OSError as error:
             raise cannot("read", path, error) from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(f"{path}: is damaged: pass --overwrite in place of --resume to start anew") from None
+            raise InputError(f"{path}: is damaged: pass --overwrite in place of --resume to start again") from None
         if note["command"] != self._command:
             raise InputError(f"{folder}: is an unfinished run of `{note['command'][:40]}`: name another --output")
         return dict(note)

@@ -75,7 +75,7 @@ def _log_of_1_and(z):
 
 @triton.jit
 def _terms(logit, target, gamma_positive, gamma_negative, margin, FOCUSED: tl.constexpr, SHIFTED: tl.constexpr):
-    """The loss of each element and its slope; of no meaning where the target is unknown."""
+    """The loss of each element and its slope; undefined where the target is unknown."""
     positive = target > 0
     # Having a class is what not having it is at the opposite logit.
     x = tl.where(positive, -logit, logit)

@@ -95,7 +95,7 @@ def useful(shape: Shape, lengths: Sequence[int]) -> float:
 
 
 def padded(shape: Shape, rows: int, length: int) -> float:
-    """What a system computes that pads every text to `length`, masks scores, and fuses all tokens in every layer."""
+    """Operations of a system that pads every text to `length`, masks scores, and fuses all tokens in every layer."""
     images = shape.patches + 1
     tokens = length + images
     text = layer(length, length, length**2, shape.text_width, shape.text_mlp)

@@ -1,4 +1,4 @@
-"""What a run measures, and for how long."""
+"""The measurements of a run, and their duration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run of the benchmark found. All of it goes into the JSON file as it stands here."""
+"""The results of a benchmark run, in the structure of its JSON file."""
 
 from __future__ import annotations
 

@@ -253,7 +253,7 @@ def version(package: str) -> str | None:
 
 
 def machine_record(before: float | None) -> dict[str, Any]:
-    """What `cmaclip env` says of this machine, the peers' versions, and its load before and after."""
+    """The output of `cmaclip env`, the peers' versions, and the machine's load before and after."""
     everything = env.as_dict()
     kept = {name: everything[name] for name in ("platform", "python", "packages", "processor", "gpus", "extension")}
     kept["packages"] = {**kept["packages"], **{name: version(name) for name in PACKAGES}}

@@ -1,4 +1,4 @@
-"""Labels for a whole table as Parquet: part by part, so that an interrupted run goes on, here or on a Ray cluster."""
+"""Labels for a whole table as Parquet, part by part, so that a run can be resumed; here or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ PART = b"part"
 
 @dataclass(frozen=True, kw_only=True)
 class BulkRun:
-    """What is labelled, and how.
+    """Settings of a prediction run.
 
     Attributes:
         model: a folder that training wrote.
@@ -181,7 +181,7 @@ class _Parts:
         self._pictures = {start: picture_digest(bulk.table, start, stop) for start, stop in self._spans}
 
     def missing(self, console: Console) -> list[Span]:
-        """The rows that are still to be labelled; a damaged part is dropped, and told of.
+        """The rows that are still to be labelled; a damaged part is reported and dropped.
 
         Raises:
             InputError: pictures of rows that are labelled have changed.
@@ -204,7 +204,7 @@ class _Parts:
             if said["pictures"] != self._pictures[start]:
                 raise InputError(
                     f"{self._bulk.table.name}: pictures of rows {start + 1} to {stop} changed after they were labelled "
-                    f"({self._folder}): restore them, or pass --overwrite in place of --resume to start anew"
+                    f"({self._folder}): restore them, or pass --overwrite in place of --resume to start again"
                 )
         return missing
 
@@ -238,8 +238,8 @@ class _Parts:
                     group.clear()
         if not counts["rows"]:
             for path in self._folder.glob("*.parquet"):
-                path.unlink()  # they would be resumed from when the rows are mended
-            raise InputError(f"{self._bulk.table.name}: no usable row is left ({tally(counts)}); mend the rows")
+                path.unlink()  # they would be resumed from when the rows are fixed
+            raise InputError(f"{self._bulk.table.name}: no usable row is left ({tally(counts)}); fix the rows")
         return dict(counts)
 
     def _read(self, start: int) -> tuple[pa.Table, dict[str, Any]]:

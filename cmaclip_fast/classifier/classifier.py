@@ -74,7 +74,7 @@ class Classifier:
         """Use `Classifier.load` for a folder that `cmaclip train` wrote.
 
         Args:
-            device: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`; None is the system's own.
+            device: `auto` (a GPU if available), `cpu`, `cuda` or `cuda:N`; None is the system's own.
             precision: of the weights: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 on a GPU that computes in
                 it, else float32.
 
@@ -302,7 +302,7 @@ class Classifier:
         if name is None or there is None or name in list(there):
             return name
         warnings.warn(
-            f"no column '{name}', which the model was trained with: taken for absent", UserWarning, stacklevel=4
+            f"no column '{name}', which the model was trained with: treated as missing", UserWarning, stacklevel=4
         )
         return None
 

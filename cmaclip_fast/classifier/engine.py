@@ -27,7 +27,7 @@ _GRAPHS = 32
 
 
 def choose_device(name: str | torch.device = "auto") -> torch.device:
-    """The device of a name; `auto` is the first GPU where there is one, else the CPU.
+    """The device of a name; `auto` is the first GPU if there is one, else the CPU.
 
     Raises:
         InputError: an unknown name, or a GPU that PyTorch does not see.

@@ -246,7 +246,7 @@ def read_text(number: int, value: Any) -> str | None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"pair {number}: the text is no valid Unicode ({error.reason}): mend it") from None
+        raise InputError(f"pair {number}: the text is no valid Unicode ({error.reason}): fix it") from None
     return text
 
 

@@ -1,4 +1,4 @@
-"""What a model says of rows: labels, probabilities and weights."""
+"""Predictions for rows: labels, probabilities and weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one pair for one task.
+    """The prediction for one pair and one task.
 
     Attributes:
         label: the most probable class.

@@ -33,7 +33,7 @@ app.add_typer(data_app, name="data")
 
 
 def main() -> None:
-    """The entry point: errors that a user can mend end with one line and exit code 2, signals with 128 + N."""
+    """The entry point: a user's errors end with one line and exit code 2, signals with 128 + N."""
     try:
         with signals.handled():
             app()

@@ -14,7 +14,7 @@ from cmaclip_fast.errors import InputError
 
 
 class BadRows(str, Enum):
-    """What a bad row leads to."""
+    """How bad rows are handled."""
 
     error = "error"
     skip = "skip"

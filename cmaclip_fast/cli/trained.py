@@ -31,7 +31,7 @@ def checked_rows(source: Source, config: ArtifactConfig) -> tuple[Table, dict[st
 
 
 def files_read(directory: Path, table: Table) -> list[Path]:
-    """What a command reads that runs an artefact on a table, and so must not write."""
+    """The files that a command reads and therefore must not overwrite."""
     from cmaclip_fast.classifier.artifact import FILES
 
     return [*table.files, *(directory / name for name in FILES)]

@@ -13,7 +13,7 @@ from cmaclip_fast.data.table import Table
 from cmaclip_fast.errors import InputError
 
 RowPolicy = Literal["error", "skip", "mask"]
-"""What a bad row leads to: an error, its removal, or (where only the picture is bad) a row without a picture."""
+"""How bad rows are handled: an error, removal, or (if only the picture is bad) a row without a picture."""
 
 _ROWS_AT_ONCE = 256
 
@@ -38,7 +38,7 @@ def check_rows(
     """
     checked, _, counts = usable_rows(table, policy, progress)
     if len(checked) == 0:
-        raise InputError(f"{table.name}: no usable row is left ({tally(counts)}); mend the rows")
+        raise InputError(f"{table.name}: no usable row is left ({tally(counts)}); fix the rows")
     return checked, counts
 
 

@@ -51,7 +51,7 @@ def encode(
             if unknown == "error":
                 raise InputError(
                     f"{table.where(row)}, column '{task}': class '{clipped(label)}' is not one of the {len(names)} "
-                    f"that the model knows{near(label, names)}; mend the label, or ignore unknown classes"
+                    f"that the model knows{near(label, names)}; fix the label, or ignore unknown classes"
                 )
             ignored += 1
         encoded.append(numbers.get(label, UNLABELLED) if label is not None else UNLABELLED)

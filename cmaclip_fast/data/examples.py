@@ -116,7 +116,7 @@ class Examples(Dataset[Batch]):
         return self.batch([row])
 
     def __getitems__(self, rows: list[int]) -> Batch:
-        """What a DataLoader calls: the whole batch at once is many times faster than row by row."""
+        """Called by a DataLoader: a whole batch at once is many times faster than row by row."""
         return self.batch(rows)
 
     def _pixels(self, index: Tensor) -> tuple[Tensor, Tensor]:

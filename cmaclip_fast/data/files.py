@@ -53,7 +53,7 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class Rows:
-    """What a source was read into.
+    """The rows read from a source.
 
     Attributes:
         table: all rows.
@@ -179,7 +179,7 @@ def _add_metadata(rows: dict[Path, dict[str, Any]], metadata: Path) -> None:
         picture = metadata.parent / str(name)
         if picture not in rows:
             raise InputError(
-                f"{metadata}, row {number}, column 'file_name': picture '{clipped(str(name))}' does not exist; mend it"
+                f"{metadata}, row {number}, column 'file_name': picture '{clipped(str(name))}' does not exist; fix it"
             )
         rows[picture].update({column: value for column, value in row.items() if column != "image"})
 
@@ -201,7 +201,7 @@ def _read_file(file: Path, on_disk: bool = False) -> tuple[pa.Table, dict[str, s
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             folder = tempfile.gettempdir()
             raise InputError(f"{file}: the disk is full at '{folder}'; free space or set TMPDIR") from error
-        raise InputError(f"{file}: cannot be read as {kind.upper()} ({_cause(error)}); mend the file") from error
+        raise InputError(f"{file}: cannot be read as {kind.upper()} ({_cause(error)}); fix the file") from error
     _check_names(file, table.column_names)
     if len(table) == 0:
         raise InputError(f"{file}: the table has no rows; give at least one")
@@ -274,7 +274,7 @@ def _read_csv(file: Path, separator: str) -> pa.Table:
         try:
             header = next(filter(None, reader), [])
         except csv.Error as error:
-            raise InputError(f"{file}: the row of column names cannot be read ({error}); mend the file") from error
+            raise InputError(f"{file}: the row of column names cannot be read ({error}); fix the file") from error
         while header and not header[-1].strip():
             header.pop()
         if not header:
@@ -317,7 +317,7 @@ def _csv_rows(reader: Iterator[list[str]], file: Path, width: int) -> Iterator[l
                 continue
             if len(cells) != width:
                 raise InputError(
-                    f"{file}, row {row}: has {len(cells)} cells, but there are {width} columns; mend the row, and put "
+                    f"{file}, row {row}: has {len(cells)} cells, but there are {width} columns; fix the row, and put "
                     "a cell that contains the separator in quotes"
                 )
             yield cells

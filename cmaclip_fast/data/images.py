@@ -75,7 +75,7 @@ def _opened(source: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
     except ImageProblem:
         raise
     except FileNotFoundError:
-        raise ImageProblem("unreadable_image", "does not exist; mend the path or name image_dir") from None
+        raise ImageProblem("unreadable_image", "does not exist; fix the path or name image_dir") from None
     except UnfitFile as error:
         raise ImageProblem("unreadable_image", f"{error}; replace it") from None
     except Exception as error:  # a decoder may raise anything at all on bytes it does not expect

@@ -28,7 +28,7 @@ class DataColumns(BaseModel):
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """What a model was trained on.
+    """The data a model was trained on.
 
     Attributes:
         source: as `--data` named it.
@@ -101,7 +101,7 @@ class Source:
         )
         for name, there in ((known.image, image), (known.text, text)):
             if name is not None and there is None:
-                tell(f"{source}: no column '{name}', which the model was trained with: taken for absent")
+                tell(f"{source}: no column '{name}', which the model was trained with: treated as missing")
         taxonomies = tuple(taxonomy for taxonomy in known.taxonomies if again or taxonomy.column in columns)
         levels = {task for taxonomy in known.taxonomies for task in taxonomy.levels_in(known.tasks)}
         tasks = known.tasks if again else [task for task in self.tasks or known.tasks if self.tasks or task in columns]

@@ -1,4 +1,4 @@
-"""Train, validation and test rows: by a column where there is one, else at random, stratified."""
+"""Train, validation and test rows: by a column if there is one, else at random, stratified."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Table:
         return Table(self._source, self._rows[np.asarray(indices, dtype=np.int64)], self._masked)
 
     def mask_images(self, indices: Sequence[int]) -> Table:
-        """The same rows, with the pictures of `indices` taken for absent."""
+        """The same rows, with the pictures of `indices` treated as missing."""
         return Table(self._source, self._rows, self._masked | {int(self._rows[i]) for i in indices})
 
     def text(self, index: int) -> str | None:
@@ -185,7 +185,7 @@ class Table:
         return {name: python_value(self._source.table.column(name)[row]) for name in self.columns.keys}
 
     def splits(self, column: str | None = None) -> list[str | None]:
-        """The value of the split column (or `column`) for every row, as it stands."""
+        """The value of the split column (or `column`) for every row, unchanged."""
         name = column or self.columns.split
         if name is None or name not in self.column_names:
             raise InputError(self._missing(name or "split", "split_column"))

@@ -120,7 +120,7 @@ def readable_part(text: str, context_length: int) -> str:
 
 
 def tokenizer_from_dict(state: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_dict` told of.
+    """The tokenizer that `to_dict` describes.
 
     Raises:
         InputError: the type is unknown, or a field is missing, unknown or damaged.
@@ -140,7 +140,7 @@ State = TypeVar("State", bound=BaseModel)
 
 
 def checked_state(kind: type[State], state: dict[str, Any]) -> State:
-    """What an artefact says of a tokenizer, checked.
+    """The description of a tokenizer in an artefact, checked.
 
     Raises:
         InputError: a field is missing, unknown or of a wrong type.

@@ -25,7 +25,7 @@ Headlines = dict[str, dict[str, float]]
 def baselines(
     train: Table, tables: dict[str, Table], tasks: dict[str, list[str]], target_precision: float = 0.9, seed: int = 0
 ) -> dict[str, dict[str, Headlines]]:
-    """What a model has to beat, measured on each of `tables`.
+    """Baselines for a model, measured on each of `tables`.
 
     The regression reads words and pairs of words, and groups of 2 to 5 letters within words. Rows without a text get
     the classes of the empty text.

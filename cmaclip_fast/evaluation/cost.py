@@ -1,4 +1,4 @@
-"""What a system costs: its parameters, and the floating-point operations of one pair."""
+"""The cost of a system: its parameters, and the floating-point operations of one pair."""
 
 from __future__ import annotations
 

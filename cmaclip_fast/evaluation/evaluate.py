@@ -41,7 +41,7 @@ class Classified:
     Attributes:
         predicted, confidence: for each task `[N]`, the most probable class and its probability.
         labels: for each task `[N]`, -1 where unlabelled.
-        likelihood: for each labelled task `[N]`, the probability of the label; of no meaning where unlabelled.
+        likelihood: for each labelled task `[N]`, the probability of the label; undefined where unlabelled.
         weights: for each task `[N, 2]`, text and image; None for a system without them.
         present: `[N, 2]`, what each row had.
         probabilities: for each task `[N, C_task]`; empty unless asked for, since many classes take gigabytes.

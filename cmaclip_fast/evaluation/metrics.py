@@ -24,7 +24,7 @@ _SORTED_AT_ONCE = 2**24
 
 @dataclass
 class TaskMetrics:
-    """What a task's predictions are worth on its labelled rows.
+    """Metrics of a task on its labelled rows.
 
     Attributes:
         rows: labelled rows.

@@ -2,8 +2,8 @@
 
 `accelerate` gives the parts that it knows a subclass of their own class, on these objects alone: parameters, state
 dicts and `isinstance` stay as they are. Outputs and gradients stay the same within rounding; what nobody reads is no
-longer computed: texts end at their end-of-text token, and where only a global token goes on, the last layer computes
-only that. What a user adds to a module is found at each call, and such a part runs as it did before (`plain.py`).
+longer computed: texts end at their end-of-text token, and where only a global token is used afterwards, the last layer
+computes only that. Modified modules are detected at each call and run unaccelerated (`plain.py`).
 """
 
 from __future__ import annotations

@@ -282,7 +282,7 @@ def multitask_binary_cross_entropy_backward(
 def _binary_losses(
     logits: Tensor, targets: Tensor, gamma_positive: float, gamma_negative: float, margin: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each element and its slope, `[B, C]`; of no meaning where the target is unknown."""
+    """The loss of each element and its slope, `[B, C]`; undefined where the target is unknown."""
     x = logits.to(wide(logits.dtype))
     positive = targets > 0
     # Having a class is what not having it is at the opposite logit.

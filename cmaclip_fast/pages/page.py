@@ -44,7 +44,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _shown(value: Any) -> Any:
-    """What a template writes, without characters that a reader's browser or editor would obey."""
+    """The output of a template, without control characters."""
     return type(value)(visible(value)) if isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""What all systems share: the interface that training and evaluation rely on, and two towers under it."""
+"""The interface of all systems, and the base class of those with two towers."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class System(nn.Module):
         return Output(self.by_task(packed), packed=packed, **rest)
 
     def forward(self, batch: Batch, with_attention: bool = False) -> Output:
-        """Classifies a batch; what is absent in it has no influence."""
+        """Classifies a batch; missing sides have no influence."""
         raise NotImplementedError
 
     def extra_losses(self, batch: Batch, output: Output) -> dict[str, Tensor]:
@@ -204,12 +204,12 @@ class FusionConfig(SystemConfig):
 
 @dataclass
 class Encoded:
-    """What the towers say of a batch, projected into the system's width.
+    """The towers' outputs for a batch, projected to the system's width.
 
     Attributes:
         text: `[B, L, D]`; `text_lengths` `[B]` int32 says how many of each row are tokens.
         image: `[B, 1 + P, D]`, the global token first.
-        globals: `[B, 2, D]`, the global tokens of text and image; of no meaning where absent.
+        globals: `[B, 2, D]`, the global tokens of text and image; undefined where absent.
         text_position: `[B]`, where the text's global token is in `text`.
     """
 

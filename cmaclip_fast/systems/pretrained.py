@@ -33,7 +33,7 @@ Config = TypeVar("Config", bound=BaseModel)
 
 
 class HuggingFaceText(BaseModel):
-    """What a Hugging Face text tower is built from again, its weights apart.
+    """Everything needed to rebuild a Hugging Face text tower, except its weights.
 
     Attributes:
         config: the encoder's own configuration.
@@ -61,7 +61,7 @@ class OpenClipModel(BaseModel):
 
 
 class TimmImage(BaseModel):
-    """What a timm image tower is built from again, its weights apart.
+    """Everything needed to rebuild a timm image tower, except its weights.
 
     Attributes:
         read: it started from weights of a file, not from random ones.

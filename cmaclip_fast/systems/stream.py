@@ -64,7 +64,7 @@ class OneStream(nn.Module):
     def forward(
         self, text: Tensor, lengths: Tensor, image: Tensor, present: Tensor, with_weights: bool = False
     ) -> Fused:
-        """`text [B, L, D]`, `lengths [B]`, `image [B, P, D]`, `present [B, 2]`; what is absent has no tokens."""
+        """`text [B, L, D]`, `lengths [B]`, `image [B, P, D]`, `present [B, 2]`; a missing side has no tokens."""
         first = self.class_token.to(text.dtype).expand(len(text), 1, -1)
         # the class token travels as the first token of a text that is always there
         counts = token_counts(lengths, image.shape[1], present)

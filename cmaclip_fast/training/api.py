@@ -55,7 +55,7 @@ def train(
         image_dir: the folder that relative paths of pictures start from; None is the table's.
         split_column: a column with `train`, `validation` and `test`; None is `split` if there is one, else the rows are
             split at random.
-        on_bad_rows: `error`, `skip`, or `mask` (the picture is taken for absent).
+        on_bad_rows: `error`, `skip`, or `mask` (the picture is treated as missing).
         max_image_pixels: pictures of more are refused.
         target_precision: of the thresholds and of recall at a fixed precision.
         overwrite: replace an earlier model at `output`.

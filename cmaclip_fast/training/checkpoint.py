@@ -82,7 +82,7 @@ def load_checkpoint(
         # safetensors, JSON and torch each raise their own kind for a damaged file
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{path}: cannot be resumed from ({reason}): pass --overwrite in place of --resume to start anew"
+            f"{path}: cannot be resumed from ({reason}): pass --overwrite in place of --resume to start again"
         ) from error
     return progression
 

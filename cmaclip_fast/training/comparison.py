@@ -115,12 +115,12 @@ class Comparison:
         model_options: of the systems that have them.
         training_options: the budget, the same for all.
         tries: settings that each system is trained with on the first seed; the one with the best validation accuracy
-            is taken for all its seeds. None tries nothing.
+            is used for all its seeds. Empty tries nothing.
         kinds: of damage to the test rows.
         training_noise: of the training rows, the same for all systems.
         train_on: a column and a value: train and validate on the rows that have it, test on all.
         by: a column whose values are also measured one by one.
-        rows: at most so many rows of each split; None takes all.
+        rows: maximum rows of each split; None uses all.
         folds: for a data set, the fold of each row: seed n is tested on fold n (modulo their number) and chosen on the
             next one. The data set's own split is then ignored.
         target_precision: for recall at a fixed precision.
@@ -155,7 +155,7 @@ class Comparison:
         return {name: fingerprint(table) for name, table in self.tables.items()}
 
     def settings(self, run: Run) -> dict[str, Any]:
-        """What a record holds of how it was made; a record of other settings is not taken for this one."""
+        """The settings stored with a record; a record with other settings is not reused."""
         options = self.options(run)
         return {
             "format": FORMAT,

@@ -1,4 +1,4 @@
-"""What a comparison measures of a trained system: metrics, by value of a column, and curves over damage."""
+"""Measurements of a trained system for a comparison: metrics, also by value of a column, and robustness curves."""
 
 from __future__ import annotations
 

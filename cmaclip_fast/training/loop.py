@@ -47,7 +47,7 @@ def fit(
     """Trains `model` in place and leaves it with the weights of its best epoch.
 
     Args:
-        checkpoint: file written after every epoch; where it exists, training goes on from it to the same result.
+        checkpoint: file written after every epoch; if it exists, training continues from it to the same result.
         console: for the progress bar.
         device: a GPU or the CPU; None is the CPU. Products of float32 run as TF32 on a GPU.
 

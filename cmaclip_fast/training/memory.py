@@ -1,4 +1,4 @@
-"""What a process holds in memory, and the most that it held.
+"""The memory of a process, now and at its peak.
 
 On Linux the kernel keeps the highest resident size of a process (`VmHWM`), which can be set back; on a GPU PyTorch's
 allocator does. Elsewhere the memory is not known.

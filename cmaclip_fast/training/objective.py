@@ -40,7 +40,7 @@ class Objective(nn.Module):
         self.register_buffer("offsets", task_offsets(classes * _MOST_HEADS), persistent=False)
 
     def forward(self, batch: Batch, contrastive: bool = False) -> tuple[Tensor, Tensor]:
-        """Two scalars: the loss to minimise, and the part of it to report, the mean over tasks without auxiliary terms.
+        """Two scalars: the loss to minimise, and the loss to report, the mean over tasks without auxiliary terms.
 
         With `contrastive` both are CLIP's loss over the complete pairs.
         """

@@ -29,7 +29,7 @@ def read_recipe(file: Path, known: set[str]) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{file}: no such recipe; name a YAML file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{file}: cannot be read as YAML ({' '.join(str(error).split())[:200]}); mend it") from error
+        raise InputError(f"{file}: cannot be read as YAML ({' '.join(str(error).split())[:200]}); fix it") from error
     if not isinstance(content, dict):
         raise InputError(f"{file}: holds no options; write one 'name: value' a line, such as 'epochs: 10'")
     options: dict[str, Any] = {}

@@ -54,7 +54,7 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """What to train, on what, and where to put it.
+    """Settings of a training run.
 
     Attributes:
         table: all rows.
@@ -107,7 +107,7 @@ class TrainingRun:
 
 @dataclass
 class Result:
-    """What a training run gave.
+    """The result of a training run.
 
     Attributes:
         directory: the artefact.

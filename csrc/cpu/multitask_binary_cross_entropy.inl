@@ -39,7 +39,7 @@ struct Terms {
   Vec loss, slope;
 };
 
-// The loss of some elements and its slope; of no meaning where the target is unknown.
+// The loss of some elements and its slope; undefined where the target is unknown.
 inline Terms terms(Vec logit, IntVec target, const BinaryOptions& options) {
   const IntVec positive = target > 0;
   // Having a class is what not having it is at the opposite logit.

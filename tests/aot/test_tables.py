@@ -1,4 +1,4 @@
-"""The tables of docs/kernels.md name every kernel, and what they calculate is calculated right."""
+"""The tables of docs/tables/kernels.md name every kernel, and what they calculate is calculated right."""
 
 from __future__ import annotations
 

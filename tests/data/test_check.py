@@ -101,7 +101,7 @@ def test_progress_and_missing_file(write_csv: Callable[..., Path], picture: Call
     check_rows(read_table(path, Columns("image")), progress=lambda done, total: seen.append((done, total)))
     assert seen == [(256, 300), (300, 300)]
     with pytest.raises(
-        InputError, match=r"row 1, column 'image': picture 'gone.png' does not exist; mend the path or name"
+        InputError, match=r"row 1, column 'image': picture 'gone.png' does not exist; fix the path or name"
     ):
         check_rows(read_table(write_csv([["image"], ["gone.png"]], "b.csv"), Columns("image")))
 
