@@ -47,20 +47,22 @@ def _check(status: os.stat_result, max_bytes: int) -> None:
         raise UnfitFile(f"has {status.st_size:,} bytes, over the limit of {max_bytes:,}")
 
 
-def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
-    """The JSON object in a file of an artefact: UTF-8, no key twice, no NaN.
+def read_json(
+    path: Path, max_bytes: int, remedy: str = "restore it, or train again", follow_links: bool = False
+) -> dict[str, Any]:
+    """The JSON object in a file, by default one of an artefact: UTF-8, no key twice, no NaN.
 
     Raises:
         InputError: the file is missing, may not be read, is a link or no regular file, is too large, or holds no such
             object.
     """
     try:
-        with open_regular(path, max_bytes, follow_links=False) as file:
+        with open_regular(path, max_bytes, follow_links=follow_links) as file:
             content = file.read(max_bytes + 1)
     except UnfitFile as error:
         raise InputError(f"{path}: {error}: put the file itself there") from None
     except FileNotFoundError:
-        raise InputError(f"{path}: missing: restore it, or train again") from None
+        raise InputError(f"{path}: missing: {remedy}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}): change its permissions or restore it") from None
     try:
@@ -70,11 +72,11 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
         if b"\\u" in content:
             json.dumps(found, ensure_ascii=False).encode()  # raises at half of a surrogate pair
     except RecursionError:
-        raise InputError(f"{path}: is nested too deep: restore it, or train again") from None
+        raise InputError(f"{path}: is nested too deep: {remedy}") from None
     except ValueError as error:
-        raise InputError(f"{path}: is not valid JSON ({error}): restore it, or train again") from None
+        raise InputError(f"{path}: is not valid JSON ({error}): {remedy}") from None
     if not isinstance(found, dict):
-        raise InputError(f"{path}: holds a {type(found).__name__}, not an object: restore it, or train again")
+        raise InputError(f"{path}: holds a {type(found).__name__}, not an object: {remedy}")
     return found
 
 

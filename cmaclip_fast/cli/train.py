@@ -78,6 +78,13 @@ def train(
     patience: Annotated[
         int | None, typer.Option(min=0, help="Stop after this many epochs without improvement; 0 disables.")
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--class-weights",
+            help="Class weights: `balanced`, `effective-number`, or a JSON file {TASK: {CLASS: WEIGHT}}.",
+        ),
+    ] = None,
     sequence_attention: Annotated[
         bool, typer.Option(help="Sequence-wise attention; disabled, the paper's first ablation.")
     ] = True,
@@ -127,6 +134,7 @@ def train(
     Example: `cmaclip train --recipe recipes/upmc-food101.yaml --data upmc-food101:FOLDER --output runs/food`
     """
     from cmaclip_fast.data.named import Taxonomy
+    from cmaclip_fast.training.imbalance import read_class_weights
     from cmaclip_fast.training.run import TrainingRun
     from cmaclip_fast.training.run import train as run_training
 
@@ -156,6 +164,9 @@ def train(
     training_options |= {"seed": seed, "workers": _workers(workers), "mixed_precision": mixed_precision}
     if compiled:
         training_options["compile"] = True
+    if weights is not None:
+        named = weights in ("balanced", "effective-number")
+        training_options["class_weights"] = weights if named else read_class_weights(Path(weights))
     given = {
         "epochs": epochs,
         "contrastive_epochs": contrastive_epochs,

@@ -79,6 +79,11 @@ class Examples(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.table)
 
+    @property
+    def labels(self) -> dict[str, Tensor]:
+        """For each task `[N]` int64, the class of each row, -1 where it is unlabelled."""
+        return self._labels
+
     def set_epoch(self, epoch: int) -> None:
         """Other random changes of the rows, and another order in the loaders that shuffle them."""
         self.epoch = epoch
@@ -171,10 +176,14 @@ def collate(items: Batch | Sequence[Batch]) -> Batch:
 
 
 class EpochSampler(Sampler[int]):
-    """Row numbers in order, or in an order that depends on the seed and the epoch of the examples alone."""
+    """Row numbers in order, or in an order that depends on the seed and the epoch of the examples alone.
 
-    def __init__(self, examples: Examples, shuffle: bool, seed: int) -> None:
+    With `weights [N]`, which sum to 1, as many rows are drawn by them, with repetition.
+    """
+
+    def __init__(self, examples: Examples, shuffle: bool, seed: int, weights: np.ndarray | None = None) -> None:
         self._examples = examples
+        self._weights = weights
         self._shuffle = shuffle
         self._seed = seed
 
@@ -184,7 +193,10 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         if not self._shuffle:
             return iter(range(len(self)))
-        return iter(np.random.default_rng([self._seed, self._examples.epoch]).permutation(len(self)).tolist())
+        generator = np.random.default_rng([self._seed, self._examples.epoch])
+        if self._weights is not None:
+            return iter(generator.choice(len(self), len(self), p=self._weights).tolist())
+        return iter(generator.permutation(len(self)).tolist())
 
 
 def make_loader(
@@ -195,12 +207,13 @@ def make_loader(
     workers: int = 0,
     drop_last: bool = False,
     pin_memory: bool = False,
+    row_weights: np.ndarray | None = None,
 ) -> DataLoader[Batch]:
     """Batches of the examples. Call `examples.set_epoch` before each pass; `workers` changes the speed alone."""
     return DataLoader(
         examples,
         batch_size=batch_size,
-        sampler=EpochSampler(examples, shuffle, seed),
+        sampler=EpochSampler(examples, shuffle, seed, row_weights),
         num_workers=workers,
         collate_fn=collate,
         drop_last=drop_last,

@@ -21,6 +21,10 @@ class TrainingConfig(BaseModel):
         warmup: share of all steps with a rising rate; a cosine follows, down to 1 % of the peak.
         clip_norm: largest norm of the gradient.
         label_smoothing: share of the probability spread over all classes.
+        class_weights: of the loss: `balanced`, `effective-number`, or for some tasks the weights of some classes; None
+            weighs all alike (`imbalance.py`).
+        logit_adjustment: factor of the log priors that are added to the logits in training; 0 adds nothing, 1 is usual.
+        balanced_sampling: draw rows with repetition, so that tasks and classes come equally often.
         text_dropout, image_dropout: how often a row's text, or its picture, is hidden in training, where it has both.
         mismatch: share of the rows that are given another row's text, so that the training texts are not learnt by
             heart. Such a pair teaches only the tasks that the model's modality weights say it judges by the picture;
@@ -58,6 +62,9 @@ class TrainingConfig(BaseModel):
     warmup: float = Field(0.1, ge=0, lt=1)
     clip_norm: float = Field(1.0, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    class_weights: Literal["balanced", "effective-number"] | dict[str, dict[str, float]] | None = None
+    logit_adjustment: float = Field(0.0, ge=0, le=10)
+    balanced_sampling: bool = False
     text_dropout: float = Field(0.1, ge=0, le=1)
     image_dropout: float = Field(0.1, ge=0, le=1)
     mismatch: float = Field(0.0, ge=0, lt=1)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
 
@@ -33,8 +34,15 @@ class Loading:
         waited: seconds of the current epoch in which no batch was ready.
     """
 
-    def __init__(self, examples: Examples, config: TrainingConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        examples: Examples,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        row_weights: np.ndarray | None = None,
+    ) -> None:
         self._examples = examples
+        self._row_weights = row_weights
         self._config = config
         self._accelerator = accelerator
         self.workers = None if config.workers == "auto" else config.workers
@@ -68,6 +76,7 @@ class Loading:
             workers=workers,
             drop_last=True,
             pin_memory=self._accelerator.device.type == "cuda",
+            row_weights=self._row_weights,
         )
         return self._accelerator.prepare_data_loader(loader)
 

@@ -27,6 +27,7 @@ from cmaclip_fast.systems.presets import TINY, preset
 from cmaclip_fast.systems.pretrained import TimmImage
 from cmaclip_fast.training.checkpoint import Progression, load_checkpoint, save_checkpoint
 from cmaclip_fast.training.config import TrainingConfig
+from cmaclip_fast.training.imbalance import class_counts, row_weights
 from cmaclip_fast.training.loading import Loading
 from cmaclip_fast.training.log import log
 from cmaclip_fast.training.lora import add_adapters, merge_adapters
@@ -72,13 +73,15 @@ def _fit(
 ) -> Progression:
     adapted = add_adapters(model, config.lora_rank) if config.lora_rank else []
     accelerator = _accelerator(config, device)
-    objective = Objective(model, config, training.has_images)
+    counts = class_counts(training.labels, model.tasks)
+    objective = Objective(model, config, training.has_images, counts)
     if config.small_epochs and (not preset(model.config.name).is_ours or model.config.image_tower is not None):
         name = model.config.name if model.config.image_tower is None else model.config.image_tower.model
         raise InputError(f"small_epochs: '{name}' reads pictures of one size: leave it 0, or train '{TINY}'")
     # one kernel for a tensor, where the default runs ten small ones
     optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98), fused=True)
-    loading = Loading(training, config, accelerator)
+    drawn = row_weights(training.labels, counts) if config.balanced_sampling else None
+    loading = Loading(training, config, accelerator, drawn)
     if len(loading) == 0:
         raise InputError(
             f"{len(training)} training rows are fewer than one batch of {config.batch_size}: lower --batch-size"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,7 @@ from cmaclip_fast.ops import multitask_cross_entropy
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.training.config import TrainingConfig
+from cmaclip_fast.training.imbalance import class_weights, log_priors
 from cmaclip_fast.types import IMAGE, TEXT, Batch, Output
 
 _MOST_HEADS = 3
@@ -26,11 +28,21 @@ class Objective(nn.Module):
     """
 
     offsets: Tensor
+    class_weight: Tensor | None
+    adjustment: Tensor | None
 
-    def __init__(self, model: System, config: TrainingConfig, has_images: bool = True) -> None:
+    def __init__(
+        self,
+        model: System,
+        config: TrainingConfig,
+        has_images: bool = True,
+        counts: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """
         Args:
             has_images: whether any row has one. If not, a CMA-CLIP runs no image tower, nor the heads on it.
+            counts: for each task `[C_task]`, the training rows of each class; needed for class weights that follow from
+                them and for logit adjustment.
         """
         super().__init__()
         self.model = model
@@ -38,6 +50,13 @@ class Objective(nn.Module):
         self.is_text_alone = not has_images and isinstance(model, CMACLIP)
         classes = [len(names) for names in model.tasks.values()]
         self.register_buffer("offsets", task_offsets(classes * _MOST_HEADS), persistent=False)
+        weight = adjustment = None
+        if config.class_weights is not None:
+            weight = class_weights(config.class_weights, counts or {}, model.tasks).repeat(_MOST_HEADS)
+        if config.logit_adjustment:
+            adjustment = (config.logit_adjustment * log_priors(counts or {})).repeat(_MOST_HEADS)
+        self.register_buffer("class_weight", weight, persistent=False)
+        self.register_buffer("adjustment", adjustment, persistent=False)
 
     def forward(self, batch: Batch, contrastive: bool = False) -> tuple[Tensor, Tensor]:
         """Two scalars: the loss to minimise, and the loss to report, the mean over tasks without auxiliary terms.
@@ -80,10 +99,15 @@ class Objective(nn.Module):
     def _losses(self, logits: list[Tensor], labels: list[Tensor]) -> Tensor:
         """The mean over tasks of the loss of each `logits [B, C]` with its `labels [B, K]`; one call for them all."""
         heads, tasks = len(logits), labels[0].shape[1]
+        joined = torch.cat(logits, dim=1)
+        if self.adjustment is not None:
+            joined = joined + self.adjustment[: joined.shape[1]].to(joined.dtype)
+        weight = self.class_weight
         losses = multitask_cross_entropy(
-            torch.cat(logits, dim=1),
+            joined,
             torch.cat(labels, dim=1),
             self.offsets[: heads * tasks + 1],
+            None if weight is None else weight[: joined.shape[1]].to(joined.dtype),
             label_smoothing=self.config.label_smoothing,
         )
         return losses.view(heads, tasks).mean(1)
