@@ -63,11 +63,11 @@ def baselines(
     features = _Features([_text(text) for text in train.select(rows).texts()])
     of_tables = {name: features([_text(text) for text in table.texts()]) for name, table in tables.items()}
     for task, classes in tasks.items():
-        labels = learned[task][rows].numpy()
-        labelled = labels >= 0
-        if len(classes) > MAX_CLASSES or len(np.unique(labels[labelled])) < 2:
+        known = learned[task][rows].numpy()
+        labelled = known >= 0
+        if len(classes) > MAX_CLASSES or len(np.unique(known[labelled])) < 2:
             continue
-        model = LogisticRegression(C=10, max_iter=1000).fit(features.training[labelled], labels[labelled])
+        model = LogisticRegression(C=10, max_iter=1000).fit(features.training[labelled], known[labelled])
         for name, values in of_tables.items():
             confidence, best = torch.from_numpy(model.predict_proba(values)).float().max(1)
             predicted = torch.from_numpy(model.classes_)[best]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -104,8 +105,8 @@ class SequenceAttention(nn.Module):
 
     def start_at_zero(self) -> None:
         """Sets the last product of every branch to zero: the layers return their input until they have learned."""
-        for layer in self.layers:
-            for product in (layer.out, layer.mlp[-1]):
+        for layer in cast(Iterable[SequenceLayer], self.layers):
+            for product in cast(Iterable[nn.Linear], (layer.out, layer.mlp[-1])):
                 nn.init.zeros_(product.weight)
                 nn.init.zeros_(product.bias)
 
