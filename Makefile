@@ -6,6 +6,7 @@
 # make compare  build the emoji data, train all systems on two data sets, three seeds each, and write docs/tables
 # make studies  train longer, with damaged texts, with pretrained towers, and in 28 languages, and write docs/tables
 # make imbalance  train with class weights, adjusted logits and balanced sampling, five seeds, and write docs/tables
+# make decisions  train five seeds on two data sets and write how much is accepted at which precision to docs/tables
 # make mutants  put faults into the CUDA and Triton kernels, one at a time: each must make a test fail
 # make bench    time the model and the operators on this machine's CPU against what people run today
 # make heads    time the heads of 1 to 1,024 tasks, batched and in a loop, and write docs/tables/heads.md
@@ -35,7 +36,7 @@ AVX2 := CMACLIP_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 O
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
 .PHONY: install demo results emoji towers compare studies tables test test-avx2 test-avx2-all mutants bench heads gpu-kit \
-	gpu lint clean reliability imbalance
+	gpu lint clean reliability imbalance decisions
 
 install: $(INSTALLED)
 
@@ -89,6 +90,10 @@ imbalance: emoji
 			--output $(COMPARED)/imbalance/$${setting%%=*}-$$(echo $$setting | tr -dc 'a-z0-9-') || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.imbalance $(COMPARED)/imbalance docs/tables/imbalance.md
+
+decisions: emoji
+	$(COMPARE) --data openclipart --data emoji --systems cma-clip --seeds 0,1,2,3,4 --output $(COMPARED)/decisions
+	$(BIN)/python -m benchmarks.decisions $(COMPARED)/decisions docs/tables/decisions.md
 
 tables: install
 	$(BIN)/python -m benchmarks.kernel_tables

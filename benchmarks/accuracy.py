@@ -27,6 +27,7 @@ from cmaclip_fast.classifier.artifact import METRICS, load_model, versions
 from cmaclip_fast.classifier.classifier import Classifier
 from cmaclip_fast.classifier.explanation import explain
 from cmaclip_fast.data import read_table
+from cmaclip_fast.evaluation.promise import Promise, sentences
 from cmaclip_fast.pages.explanation import render_explanation
 from cmaclip_fast.progress import Console
 from cmaclip_fast.training.run import CHECKPOINT, TrainingRun, train
@@ -59,6 +60,9 @@ def main(
     predicted = example(runs / f"openclipart-{seeds[0]}")
     console.print(f"{EXAMPLE.relative_to(ROOT)}, seed {seeds[0]}:", highlight=False)
     console.print(Markdown(predicted))
+    for seed, of_seed in zip(seeds, records, strict=True):
+        for sentence in said(of_seed):
+            console.print(f"seed {seed}: {sentence}", soft_wrap=True, highlight=False)
     if write is not None:
         insert(write, "make results", markdown(records, seeds))
         insert(ROOT / "README.md", "make demo", predicted)
@@ -79,10 +83,22 @@ def record(folder: Path, seed: int) -> dict[str, Any]:
     return json.loads((folder / METRICS).read_text(encoding="utf-8"))
 
 
+def said(record: dict[str, Any]) -> list[str]:
+    """For each task how many test rows can be published without a look, and how many need a person."""
+    found = {
+        task: Promise(one["target_precision"], one["rows"], one["accepted"], one["right"])
+        for task, one in record["decisions"].items()
+    }
+    return sentences(found)
+
+
 def example(folder: Path) -> str:
     """What the model of a folder says of the rows that the README begins with, as Markdown."""
     table = pandas.read_csv(EXAMPLE, dtype=str)
     found = Classifier.load(folder).predict(table, image="image", text="title", image_dir=EXAMPLE.parent)
+    for task in ("category", "color"):
+        best = [top[0]["label"] for top in found[f"{task}_top"]]
+        found[task] = found[task].where(found[f"{task}_status"] == "accepted", [f"unsure ({name})" for name in best])
     names = [name for task in ("category", "color") for name in columns(task)]
     rows = zip(table["id"], *(found[name] for name in names), strict=True)
     return as_table(["id", *names], rows)

@@ -1,4 +1,4 @@
-"""The folder that training writes and everything else reads: weights, configuration, thresholds, metrics.
+"""The folder that training writes and everything else reads: weights, configuration, decisions, metrics.
 
 Weights are safetensors, the rest is JSON: nothing in the folder is code, and nothing in it is followed to another file
 or address, so one from a stranger is safe to open.
@@ -44,10 +44,10 @@ from cmaclip_fast.untrusted import UnfitFile, first_problem, open_regular, read_
 
 FORMAT = 1
 MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_WEIGHT_BYTES = 128 * 2**20, 16 * 2**20, 2**40
-WEIGHTS, CONFIG, THRESHOLDS, METRICS = "model.safetensors", "config.json", "thresholds.json", "metrics.json"
-REPORT, LOG = "report.html", "train.log"
+WEIGHTS, CONFIG, METRICS, REPORT, LOG = "model.safetensors", "config.json", "metrics.json", "report.html", "train.log"
+CALIBRATION, THRESHOLDS, SCORES = "calibration.json", "thresholds.json", "scores.safetensors"
 
-FILES = (WEIGHTS, CONFIG, THRESHOLDS, METRICS, REPORT, LOG)
+FILES = (WEIGHTS, CONFIG, CALIBRATION, THRESHOLDS, SCORES, METRICS, REPORT, LOG)
 """All that is in an artefact."""
 
 
@@ -171,7 +171,7 @@ def load_config(directory: str | Path) -> ArtifactConfig:
     if raw.get("format", FORMAT) != FORMAT:
         said = str(raw["format"])[:80]
         raise InputError(f"{path}: format {said} is not this version's ({FORMAT}): use the cmaclip_fast that wrote it")
-    return _checked(ArtifactConfig, raw, path)
+    return checked(ArtifactConfig, raw, path)
 
 
 def load_metrics(directory: str | Path) -> Metrics:
@@ -181,10 +181,15 @@ def load_metrics(directory: str | Path) -> Metrics:
         InputError: the file is missing or damaged.
     """
     path = Path(directory) / METRICS
-    return _checked(Metrics, read_json(path, MAX_CONFIG_BYTES), path)
+    return checked(Metrics, read_json(path, MAX_CONFIG_BYTES), path)
 
 
-def _checked(kind: type[Content], raw: dict[str, Any], path: Path) -> Content:
+def checked(kind: type[Content], raw: dict[str, Any], path: Path) -> Content:
+    """What a JSON file of an artefact holds, as a pydantic model.
+
+    Raises:
+        InputError: a field is missing, unknown, or of a wrong type.
+    """
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -204,7 +209,7 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu") -> Sys
     """
     config = load_config(directory)
     path = Path(directory) / WEIGHTS
-    header = _read_header(path)
+    header = read_header(path)
     try:
         model = _build(config, header, path)
     except InputError as error:
@@ -228,9 +233,14 @@ Header = dict[str, tuple[tuple[int, ...], str]]
 """Shape and dtype of each tensor of a safetensors file."""
 
 
-def _read_header(path: Path) -> Header:
+def read_header(path: Path, max_bytes: int = MAX_WEIGHT_BYTES) -> Header:
+    """The header of a safetensors file of an artefact.
+
+    Raises:
+        InputError: the file is missing, no regular file, too large, or damaged.
+    """
     try:
-        with open_regular(path, MAX_WEIGHT_BYTES, follow_links=False) as file:
+        with open_regular(path, max_bytes, follow_links=False) as file:
             length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
             raise InputError(f"{path}: its header has {length:,} bytes: restore it, or train again")

@@ -10,7 +10,7 @@ import re
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,12 @@ import pyarrow.parquet as pq
 import torch
 
 from cmaclip_fast import signals
-from cmaclip_fast.classifier.artifact import CONFIG, FILES, WEIGHTS, versions
+from cmaclip_fast.classifier.artifact import CALIBRATION, CONFIG, FILES, SCORES, THRESHOLDS, WEIGHTS, versions
 from cmaclip_fast.classifier.labeller import Labeller, Part, Span
 from cmaclip_fast.classifier.prediction import output_schema
 from cmaclip_fast.data.check import RowPolicy, tally
 from cmaclip_fast.data.fingerprint import digest, file_digest, fingerprint, picture_digest
+from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.data.table import Table
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.files import check_output_file, replacing
@@ -67,6 +68,7 @@ class BulkRun:
         resume: continue an interrupted run towards `output`.
         overwrite: replace a file, or drop an unfinished run, that is there.
         profile: print where the time went; of the engine `local` alone.
+        min_precision: of the answers that are accepted; None is what the model was trained for.
     """
 
     model: Path
@@ -80,15 +82,21 @@ class BulkRun:
     resume: bool = False
     overwrite: bool = False
     profile: bool = False
+    min_precision: float | None = None
 
 
-def predict_table(bulk: BulkRun, tasks: dict[str, list[str]], console: Console | None = None) -> dict[str, int]:
+def predict_table(
+    bulk: BulkRun,
+    tasks: dict[str, list[str]],
+    taxonomies: Sequence[Taxonomy] = (),
+    console: Console | None = None,
+) -> dict[str, int]:
     """Labels every row of a table and writes them as Parquet, whole or not at all.
 
     Finished parts are kept in `OUTPUT.partial` until all are, so that an interrupted run can be resumed.
 
     Args:
-        tasks: the model's.
+        tasks, taxonomies: the model's.
         console: for the progress bar.
 
     Returns:
@@ -102,7 +110,7 @@ def predict_table(bulk: BulkRun, tasks: dict[str, list[str]], console: Console |
     keys = table.key_columns()
     if not keys.column_names:
         keys = pa.table({"row": [table.row_number(i) for i in range(len(table))]})
-    taken = set(keys.column_names) & set(output_schema(pa.schema([]), tasks).names)
+    taken = set(keys.column_names) & set(output_schema(pa.schema([]), tasks, taxonomies).names)
     if taken:
         raise InputError(
             f"key column '{sorted(taken)[0]}' has the name of an output column: choose other --key columns"
@@ -116,7 +124,7 @@ def predict_table(bulk: BulkRun, tasks: dict[str, list[str]], console: Console |
             folder.same_run(_settings(bulk))
             counts = folder.finished
             if counts is None:
-                parts = _Parts(bulk, folder.path, keys, output_schema(keys.schema, tasks))
+                parts = _Parts(bulk, folder.path, keys, output_schema(keys.schema, tasks, taxonomies))
                 console = console or Console(stderr=True)
                 missing = parts.missing(console)
                 try:
@@ -141,7 +149,8 @@ def _check_output(bulk: BulkRun) -> None:
 def _settings(bulk: BulkRun) -> dict[str, Any]:
     """All that decides what a run ends in but the pictures' files, which `_Parts` looks after."""
     settings = fingerprint(bulk.table, with_files=False)
-    settings["model"] = [file_digest(bulk.model / name) for name in (CONFIG, WEIGHTS)]
+    settings["model"] = [file_digest(bulk.model / name) for name in (CONFIG, WEIGHTS, CALIBRATION, THRESHOLDS, SCORES)]
+    settings["min_precision"] = bulk.min_precision
     # the bound decides which rows are bad, which matters where these do not end the run
     settings["on_bad_rows"] = [bulk.policy, None if bulk.policy == "error" else bulk.table.max_image_pixels]
     settings["part_rows"] = PART_ROWS
@@ -264,7 +273,7 @@ def _work(bulk: BulkRun, spans: list[Span], note: Callable[[int], None], console
     if bulk.engine == "ray":
         yield from _ray(bulk, spans)
         return
-    labeller = Labeller(bulk.model, bulk.table, bulk.policy, bulk.batch_size, bulk.device)
+    labeller = Labeller(bulk.model, bulk.table, bulk.policy, bulk.batch_size, bulk.device, bulk.min_precision)
     yield from labeller.label_all(spans, note)
     if bulk.profile:
         console.print(str(labeller.profile), highlight=False, soft_wrap=True)
@@ -340,4 +349,4 @@ def _start_ray(ray: Any) -> None:
 class _Actor(Labeller):
     def __init__(self, bulk: BulkRun, threads: int) -> None:
         torch.set_num_threads(threads)
-        super().__init__(bulk.model, bulk.table, bulk.policy, bulk.batch_size, bulk.device)
+        super().__init__(bulk.model, bulk.table, bulk.policy, bulk.batch_size, bulk.device, bulk.min_precision)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,11 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cmaclip_fast.classifier.artifact import THRESHOLDS, DataColumns, load_config, load_model
+from cmaclip_fast.classifier.artifact import DataColumns, load_config, load_model
+from cmaclip_fast.classifier.decisions import Decisions
 from cmaclip_fast.classifier.engine import Engine, choose_device, choose_dtype
 from cmaclip_fast.classifier.explanation import row_view
 from cmaclip_fast.classifier.pairs import Pairs, as_pairs, read_picture, read_text
-from cmaclip_fast.classifier.prediction import flatten, output_schema, read_output
+from cmaclip_fast.classifier.prediction import Prediction, flatten, output_schema, read_output
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.pages.views import ExampleView
 from cmaclip_fast.systems.base import System
@@ -59,7 +60,8 @@ class Classifier:
         tasks: for each task the names of its classes.
         preprocessing, tokenizer: how a picture and a text become tensors.
         columns: where the training data had pictures and texts; None for a model that was not loaded.
-        thresholds: what `thresholds.json` says; empty for a model that was not loaded.
+        decisions: calibration and thresholds; None for a model that was not loaded.
+        calibrated: whether probabilities are calibrated.
     """
 
     def __init__(
@@ -69,7 +71,8 @@ class Classifier:
         device: str | torch.device | None = None,
         precision: str = "auto",
         columns: DataColumns | None = None,
-        thresholds: dict[str, Any] | None = None,
+        decisions: Decisions | None = None,
+        calibrated: bool = True,
     ) -> None:
         """Use `Classifier.load` for a folder that `cmaclip train` wrote.
 
@@ -77,6 +80,9 @@ class Classifier:
             device: `auto` (a GPU if available), `cpu`, `cuda` or `cuda:N`; None is the system's own.
             precision: of the weights: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 on a GPU that computes in
                 it, else float32.
+            columns: where the training data had pictures and texts.
+            decisions: what calibrates probabilities and accepts answers; None does neither.
+            calibrated: give calibrated probabilities; False gives the model's own. Labels and statuses are the same.
 
         Raises:
             InputError: an unknown device or precision, or a model that is no `System`.
@@ -87,17 +93,26 @@ class Classifier:
         self.engine = Engine(system, device, precision)
         self.tasks, self.preprocessing, self.tokenizer = system.tasks, system.preprocessing, system.tokenizer
         self.columns = columns
-        self.thresholds = thresholds or {}
+        self.decisions = decisions
+        self.calibrated = calibrated
         self._made_with = (device, precision)
 
     @classmethod
     def load(
-        cls, directory: str | os.PathLike[str], device: str | torch.device = "auto", precision: str = "auto"
+        cls,
+        directory: str | os.PathLike[str],
+        device: str | torch.device = "auto",
+        precision: str = "auto",
+        *,
+        min_precision: float | None = None,
+        calibrated: bool = True,
     ) -> Classifier:
         """The classifier of a folder that `cmaclip train` wrote.
 
         Args:
-            device, precision: as for `Classifier`.
+            device, precision, calibrated: as for `Classifier`.
+            min_precision: of the answers that are accepted, in (0, 1]; None is what the model was trained for. The
+                thresholds for it are chosen from the answers for the validation rows that are kept in the folder.
 
         Raises:
             InputError: the folder is missing, incomplete, damaged, or not of this version's format; an unknown device
@@ -107,11 +122,37 @@ class Classifier:
         # what the engine converts stays off the GPU
         as_it_is = choose_dtype(precision, placed) == torch.float32
         system, columns = load_model(folder, placed if as_it_is else "cpu"), load_config(folder).columns
-        thresholds = _load_thresholds(folder / THRESHOLDS)
-        return cls(system, device=placed, precision=precision, columns=columns, thresholds=thresholds)
+        decisions = Decisions.load(folder, system)
+        if min_precision is not None:
+            decisions = decisions.with_min_precision(min_precision)
+        return cls(
+            system, device=placed, precision=precision, columns=columns, decisions=decisions, calibrated=calibrated
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _make, (self.system, *self._made_with, self.columns, self.thresholds)
+        return _make, (self.system, *self._made_with, self.columns, self.decisions, self.calibrated)
+
+    def with_min_precision(self, precision: float) -> Classifier:
+        """This classifier with thresholds for another precision of the answers that are accepted.
+
+        Raises:
+            InputError: a precision that is not in (0, 1], or a classifier without decisions.
+        """
+        if self.decisions is None:
+            raise InputError("min_precision: this classifier was not loaded: it has no validation answers to choose by")
+        other = copy(self)
+        other.decisions = self.decisions.with_min_precision(precision)
+        return other
+
+    def read(self, output: Output) -> list[dict[str, Prediction]]:
+        """The predictions of each row of a batch, from the engine's output for it."""
+        return read_output(output, self.tasks, self.system.taxonomies, self.decisions, self.calibrated)
+
+    def probabilities(self, output: Output) -> dict[str, Tensor]:
+        """The probabilities of all classes, `[B, C_task]` float32 for each task, from the engine's output."""
+        if self.decisions is not None and self.calibrated:
+            return self.decisions.probabilities(output.logits)
+        return task_probabilities(output.logits, self.tasks, self.system.taxonomies)
 
     def predict(
         self,
@@ -139,11 +180,12 @@ class Classifier:
             batch_size: pairs that are run at a time.
 
         Returns:
-            For a pair a dict with the `Prediction` of each task: its label, probability, five best classes and
-            modality weights. For one pair that dict; for a sequence or a data set a list of them; for an iterator, as
-            `images`, `texts` or both, an iterator of them, which reads up to two batches ahead. For a DataFrame a
-            DataFrame with its index and the columns that `cmaclip predict` writes: for each task `TASK`,
-            `TASK_probability`, `TASK_top`, `TASK_text_weight` and `TASK_image_weight`.
+            For a pair a dict with the `Prediction` of each task: its label, status, probability, five best classes
+            and modality weights. For one pair that dict; for a sequence or a data set a list of them; for an iterator,
+            as `images`, `texts` or both, an iterator of them, which reads up to two batches ahead. For a DataFrame a
+            DataFrame with its index and the columns that `cmaclip predict` writes: for each task `TASK` (missing where
+            the answer is not accepted), `TASK_status`, `TASK_probability`, `TASK_top`, `TASK_text_weight` and
+            `TASK_image_weight`, and for each taxonomy its column with the path down to the lowest accepted level.
 
         Raises:
             InputError: unequal numbers of images and texts, a pair with neither, a picture that cannot be read, a
@@ -152,13 +194,14 @@ class Classifier:
         pairs = self._pairs(images, texts, image, text, batch_size)
 
         def read(part: _Part) -> Iterable[Any]:
-            return read_output(part.output, self.tasks, self.engine.taxonomies)
+            return self.read(part.output)
 
         answers = self._answers(pairs, read, image_dir, batch_size)
         if pairs.form != "frame":
             return answers
-        schema = output_schema(pa.schema([]), self.tasks)
-        frame = pa.Table.from_pylist([flatten(row) for row in answers], schema=schema).to_pandas()
+        taxonomies = self.system.taxonomies
+        schema = output_schema(pa.schema([]), self.tasks, taxonomies)
+        frame = pa.Table.from_pylist([flatten(row, taxonomies) for row in answers], schema=schema).to_pandas()
         frame.index = pairs.index
         return frame
 
@@ -188,7 +231,7 @@ class Classifier:
         pairs = self._pairs(images, texts, image, text, batch_size)
 
         def read(part: _Part) -> Iterable[dict[str, np.ndarray]]:
-            found = task_probabilities(part.output.logits, self.tasks, self.engine.taxonomies)
+            found = self.probabilities(part.output)
             arrays = {task: values.cpu().numpy() for task, values in found.items()}
             return [{task: values[row] for task, values in arrays.items()} for row in range(len(part.texts))]
 
@@ -273,7 +316,7 @@ class Classifier:
         pairs = self._pairs(images, texts, image, text, batch_size)
 
         def read(part: _Part) -> Iterable[ExampleView]:
-            predictions = read_output(part.output, self.tasks, self.engine.taxonomies)
+            predictions = self.read(part.output)
             for row, (said, value) in enumerate(zip(predictions, part.texts, strict=True)):
                 picture = None
                 if part.batch.present[row, 1]:
@@ -408,19 +451,9 @@ def _make(
     device: str | torch.device | None,
     precision: str,
     columns: DataColumns | None,
-    thresholds: dict[str, Any],
+    decisions: Decisions | None,
+    calibrated: bool,
 ) -> Classifier:
-    return Classifier(system, device=device, precision=precision, columns=columns, thresholds=thresholds)
-
-
-def _load_thresholds(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        thresholds = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: cannot be read ({reason}): restore the file, or train again") from None
-    if not isinstance(thresholds, dict):
-        raise InputError(f"{path}: holds no JSON object: restore the file, or train again")
-    return thresholds
+    return Classifier(
+        system, device=device, precision=precision, columns=columns, decisions=decisions, calibrated=calibrated
+    )

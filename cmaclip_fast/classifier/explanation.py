@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from cmaclip_fast.classifier.decisions import Decisions
 from cmaclip_fast.classifier.engine import Engine
 from cmaclip_fast.classifier.prediction import Prediction, read_output
 from cmaclip_fast.data.examples import Examples
@@ -18,18 +19,21 @@ from cmaclip_fast.systems.base import System
 from cmaclip_fast.types import Batch, Output
 
 
-def explain(model: System | Engine, table: Table) -> list[ExampleView]:
+def explain(model: System | Engine, table: Table, decisions: Decisions | None = None) -> list[ExampleView]:
     """Predictions, modality weights and attention maps of the rows of a table.
 
     The maps are the last layer's that reads text and image together, averaged over heads; a system without such a
     layer, or whose image tokens are no grid of patches, has none.
+
+    Args:
+        decisions: the model's, so that probabilities are calibrated and answers have a status.
     """
     system = model.module if isinstance(model, Engine) else model
     examples = Examples(table, _known_tasks(system, table), system.preprocessing, system.tokenizer, unknown="ignore")
     device = next(system.parameters()).device
     views: list[ExampleView] = []
     for batch, output in run(model, examples, 32, device, with_attention=True):
-        for index, predictions in enumerate(read_output(output, system.tasks, system.taxonomies)):
+        for index, predictions in enumerate(read_output(output, system.tasks, system.taxonomies, decisions)):
             row = len(views)
             picture, text = _seen(system, table, row), table.text(row)
             view = row_view(system, batch, output, index, predictions, picture, text)
@@ -68,7 +72,8 @@ def row_view(
         predictions={
             task: PredictionView(
                 label=model.tasks[task][labels[task]] if labels.get(task, -1) >= 0 else None,
-                predicted=said.label,
+                predicted=said.top[0][0],
+                status=said.status,
                 probability=said.probability,
                 top=list(said.top),
                 weights=None

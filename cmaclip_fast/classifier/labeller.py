@@ -17,7 +17,7 @@ import torch
 
 from cmaclip_fast import signals
 from cmaclip_fast.classifier.classifier import Classifier
-from cmaclip_fast.classifier.prediction import flatten, output_schema, read_output
+from cmaclip_fast.classifier.prediction import flatten, output_schema
 from cmaclip_fast.data.check import RowPolicy, usable_rows
 from cmaclip_fast.data.examples import Examples
 from cmaclip_fast.data.kept import KeptPictures
@@ -96,14 +96,24 @@ class Labeller:
         profile: of `label_all`.
     """
 
-    def __init__(self, model: Path, table: Table, policy: RowPolicy, batch_size: int, device: str | None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        table: Table,
+        policy: RowPolicy,
+        batch_size: int,
+        device: str | None,
+        min_precision: float | None = None,
+    ) -> None:
         self._table = table
         self._policy = policy
         self._batch_size = batch_size
         started = time.perf_counter()
-        self._engine = Classifier.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu")).engine
+        placed = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._classifier = Classifier.load(model, placed, min_precision=min_precision)
+        self._engine = self._classifier.engine
         self.profile = Profile(loading=time.perf_counter() - started)
-        self._schema = output_schema(pa.schema([]), self._engine.tasks)
+        self._schema = output_schema(pa.schema([]), self._engine.tasks, self._engine.taxonomies)
 
     def label(self, start: int, stop: int) -> Part:
         """The predictions of the rows `start` to `stop`.
@@ -141,7 +151,7 @@ class Labeller:
         """The values of the columns for each row of a step; in the caller's thread."""
         if step.output is None:
             return []
-        return [flatten(row) for row in read_output(step.output, self._engine.tasks, self._engine.taxonomies)]
+        return [flatten(row, self._engine.taxonomies) for row in self._classifier.read(step.output)]
 
     def _answered(self, spans: Iterable[Span]) -> Iterator[_Step]:
         """Runs the model; in a thread of its own."""

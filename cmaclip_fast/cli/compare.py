@@ -75,8 +75,8 @@ def compare(
             help="DATA=FILE, a CSV of keys and folds: seed N is tested on fold N and tuned on the next. Repeatable."
         ),
     ] = None,
-    precision: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Target precision for thresholds and recall.")
+    target_precision: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Precision at which recall and coverage are reported.")
     ] = 0.9,
     image_dir: ImageDirOption = None,
     split_column: SplitColumnOption = None,
@@ -147,7 +147,7 @@ def compare(
         by=by,
         rows=limits or None,
         folds=_folds(folds or [], tables),
-        target_precision=precision,
+        target_precision=target_precision,
         on_bad_rows=on_bad_rows.value,
         keep_models=keep_models,
         device=device,
@@ -157,7 +157,7 @@ def compare(
     except (KeyboardInterrupt, signals.Interrupted) as stop:
         err.print("interrupted: finished runs are kept; resume with the same command")
         raise typer.Exit(exit_code(stop)) from None
-    page = write_page(records, output, " ".join(["cmaclip", *map(shlex.quote, sys.argv[1:])]), precision)
+    page = write_page(records, output, " ".join(["cmaclip", *map(shlex.quote, sys.argv[1:])]), target_precision)
     out.print(page.read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
     out.print(f"page: {page}", soft_wrap=True, highlight=False)
 

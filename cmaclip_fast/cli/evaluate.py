@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from cmaclip_fast.cli.options import (
     DeviceOption,
     ImageDirOption,
     ImageOption,
+    MinPrecisionOption,
     ModelArgument,
     PixelsOption,
     SplitColumnOption,
@@ -22,7 +23,7 @@ from cmaclip_fast.cli.options import (
     TextOption,
     device_name,
 )
-from cmaclip_fast.cli.output import err, groups_table, metrics_table, out
+from cmaclip_fast.cli.output import decisions_table, err, groups_table, hierarchies_table, metrics_table, out
 from cmaclip_fast.cli.trained import checked_rows, examples_of, files_read, load
 from cmaclip_fast.data.source import Source
 from cmaclip_fast.errors import InputError, listed
@@ -43,9 +44,7 @@ def evaluate(
     image: ImageOption = None,
     text: TextOption = None,
     task: TaskOption = None,
-    precision: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Target precision for thresholds and recall.")
-    ] = 0.9,
+    min_precision: MinPrecisionOption = None,
     ignore_unknown: Annotated[
         bool, typer.Option("--ignore-unknown-classes", help="Ignore rows whose class the model does not know.")
     ] = False,
@@ -56,7 +55,7 @@ def evaluate(
     batch_size: BatchOption = 64,
     device: DeviceOption = "auto",
 ) -> None:
-    """Compute metrics on labelled rows.
+    """Compute metrics on labelled rows, and check whether the accepted answers are as precise as promised.
 
     Example: `cmaclip evaluate runs/clipart --split test --noise text-drop:0.5 --json metrics.json`
 
@@ -69,7 +68,9 @@ def evaluate(
 
     if json_file is not None:
         check_output_file(json_file, overwrite=True)
-    model, config = load(directory, device)
+    classifier, config = load(directory, device, min_precision)
+    model, decisions = classifier.engine, classifier.decisions
+    assert decisions is not None  # of a loaded model
     source = Source(
         data=data,
         image=image,
@@ -94,19 +95,28 @@ def evaluate(
     if examples.truncated:
         counts["truncated text"] = examples.truncated
     target = device_name(device)
+    precision = decisions.target_precision
+    told: dict[str, Any] = {}
     headlines: dict[str, dict[str, dict[str, float]]] = {}
     groups: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for view in VIEWS:
-        answers = classify(model, examples, batch_size, target, view, f"evaluating, {view}")
+        answers = classify(model, examples, batch_size, target, view, f"evaluating, {view}", decisions.calibrations)
+        if view == "both":
+            told["decisions"] = {task: kept.record() for task, kept in decisions.promises(answers).items()}
+            told["calibration"] = answers.calibration_errors()
+            told["hierarchies"] = decisions.hierarchies(answers)
         headlines[view] = answers.headlines(precision)
         for group, part in ({} if by is None else answers.by_value(examples.table.labels(by))).items():
             groups.setdefault(group, {})[view] = part.headlines(precision)
     if not any(m["rows"] for m in headlines["both"].values()):
         raise InputError(f"{examples.table.name}: no labelled row in split '{split}': name another --split or --task")
     if json_file is not None:
-        told = {"tasks": headlines["both"], "views": headlines, "counts": counts}
-        write_json(json_file, told | ({} if by is None else {"by": {by: groups}}))
+        record = {"tasks": headlines["both"], "views": headlines, **told, "counts": counts}
+        write_json(json_file, record | ({} if by is None else {"by": {by: groups}}))
     out.print(metrics_table(headlines, precision))
+    out.print(decisions_table(told["decisions"], told["calibration"]))
+    if told["hierarchies"]:
+        out.print(hierarchies_table(told["hierarchies"]))
     if by is not None:
         out.print(groups_table(groups, by))
     for kind, number in counts.items():

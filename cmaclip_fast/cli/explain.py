@@ -51,7 +51,7 @@ def explain(
     from cmaclip_fast.pages.explanation import render_explanation
 
     check_output_file(output, overwrite)
-    model, config = load(directory, device)
+    classifier, config = load(directory, device)
     source = Source(
         data=data,
         image=image,
@@ -70,7 +70,7 @@ def explain(
         if number > len(table):
             raise InputError(f"{table.name}: row {number} is past the last of {len(table)}: choose --row up to that")
     chosen, _ = check_rows(table.select([number - 1 for number in row]))
-    views = explain_rows(model, chosen)
+    views = explain_rows(classifier.engine, chosen, classifier.decisions)
     for view, number in zip(views, row, strict=True):
         view.row = number
     summary = {"model": str(directory), "data": f"{table.name}, split {split}"}

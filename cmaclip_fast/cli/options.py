@@ -83,6 +83,11 @@ ImageTowerOption = Annotated[
 
 BatchOption = Annotated[int, typer.Option(min=1, help="Batch size.")]
 
+MinPrecisionOption = Annotated[
+    float | None,
+    typer.Option(min=0.01, max=1.0, help="Precision of the accepted answers [default: the model's target precision]."),
+]
+
 ModelArgument = Annotated[Path, typer.Argument(help="Model folder written by `cmaclip train`.")]
 
 MAX_PIXELS = 50_000_000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.table import Table as RichTable
 
 from cmaclip_fast.errors import clipped
@@ -25,6 +27,37 @@ def metrics_table(metrics: dict[str, dict[str, dict[str, float]]], precision: fl
             m = tasks[task]
             numbers = [f"{m[k]:.3f}" for k in ("accuracy", "macro_f1", "recall_at_precision")]
             table.add_row(clipped(task), view, *numbers, f"{m['rows']:.0f}", style="bold" if view == "both" else None)
+    return table
+
+
+def decisions_table(decisions: dict[str, dict[str, Any]], errors: dict[str, float]) -> RichTable:
+    """Per task with thresholds: how much is accepted, how precise that is, and the calibration error."""
+    table = RichTable("task", "target", "accepted", "coverage", "precision", "calibration error", "promise", box=None)
+    for column in table.columns[1:6]:
+        column.justify = "right"
+    for task, found in decisions.items():
+        shares = [f"{found[name]:.3f}" for name in ("coverage", "precision")]
+        accepted = f"{found['accepted']:,} of {found['rows']:,}"
+        table.add_row(
+            clipped(task),
+            f"{found['target_precision']:g}",
+            accepted,
+            *(share.replace("nan", "-") for share in shares),
+            f"{errors[task]:.3f}".replace("nan", "-"),
+            found["verdict"],
+        )
+    return table
+
+
+def hierarchies_table(hierarchies: dict[str, dict[str, dict[str, float]]]) -> RichTable:
+    """Per taxonomy: hierarchical precision, recall and F1, of whole paths and of their accepted parts."""
+    table = RichTable("taxonomy", "paths", "hierarchical precision", "recall", "F1", "rows", box=None)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for name, kinds in hierarchies.items():
+        for kind, m in kinds.items():
+            shares = [f"{m[key]:.3f}".replace("nan", "-") for key in ("precision", "recall", "f1")]
+            table.add_row(clipped(name), kind, *shares, f"{m['rows']:.0f}")
     return table
 
 

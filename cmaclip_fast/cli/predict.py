@@ -19,6 +19,7 @@ from cmaclip_fast.cli.options import (
     ImageDirOption,
     ImageOption,
     KeyOption,
+    MinPrecisionOption,
     ModelArgument,
     PixelsOption,
     SplitColumnOption,
@@ -55,11 +56,14 @@ def predict(
         bool, typer.Option("--resume", help="Continue an interrupted run; the result is the same.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    min_precision: MinPrecisionOption = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Print how busy the model was, and what it waited for.")
     ] = False,
 ) -> None:
-    """Predict a table and write Parquet: per task label, probability, top five classes and modality weights.
+    """Predict a table and write Parquet: per task label, status, probability, top five classes and modality weights.
+
+    The status is `accepted` or `unsure`; an unsure row has no label, and its best class is the first of the top five.
 
     Results are saved every 512 rows; after an interruption, `--resume` continues with the remaining rows.
 
@@ -95,9 +99,10 @@ def predict(
         resume=resume,
         overwrite=overwrite,
         profile=profile,
+        min_precision=min_precision,
     )
     try:
-        counts = predict_table(bulk, config.tasks, err)
+        counts = predict_table(bulk, config.tasks, config.columns.taxonomies, err)
     except (KeyboardInterrupt, signals.Interrupted) as stop:
         err.print("interrupted: labelled rows are kept; resume with the same command and --resume")
         raise typer.Exit(exit_code(stop)) from None

@@ -111,9 +111,12 @@ def train(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Use torch.compile; the first steps take minutes.")
     ] = False,
-    precision: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Target precision for thresholds and recall.")
+    target_precision: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Precision of the answers that are accepted without a look.")
     ] = 0.9,
+    class_thresholds: Annotated[
+        bool, typer.Option("--class-thresholds", help="A threshold for each class with enough validation rows.")
+    ] = False,
     image_dir: ImageDirOption = None,
     split_column: SplitColumnOption = None,
     key: KeyOption = None,
@@ -162,6 +165,8 @@ def train(
     towers = {"text_tower": text_tower, "image_tower": image_tower}
     model_options |= {name: value for name, value in towers.items() if value is not None}
     training_options |= {"seed": seed, "workers": _workers(workers), "mixed_precision": mixed_precision}
+    if class_thresholds:
+        training_options["class_thresholds"] = True
     if compiled:
         training_options["compile"] = True
     if weights is not None:
@@ -186,7 +191,7 @@ def train(
         training_options=training_options,
         split_column=split_column,
         on_bad_rows=on_bad_rows.value,
-        target_precision=precision,
+        target_precision=target_precision,
         overwrite=overwrite,
         resume=resume,
         device=device,
@@ -196,5 +201,5 @@ def train(
     except (KeyboardInterrupt, signals.Interrupted) as stop:
         err.print("interrupted: finished epochs are kept; resume with the same command and --resume")
         raise typer.Exit(exit_code(stop)) from None
-    out.print(metrics_table(result.metrics, precision))
+    out.print(metrics_table(result.metrics, target_precision))
     out.print(f"report: {result.directory / 'report.html'}", soft_wrap=True)

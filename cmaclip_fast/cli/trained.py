@@ -10,6 +10,7 @@ from cmaclip_fast.errors import InputError
 
 if TYPE_CHECKING:
     from cmaclip_fast.classifier.artifact import ArtifactConfig
+    from cmaclip_fast.classifier.classifier import Classifier
     from cmaclip_fast.classifier.engine import Engine
     from cmaclip_fast.data.examples import Examples
     from cmaclip_fast.data.source import Source
@@ -37,11 +38,11 @@ def files_read(directory: Path, table: Table) -> list[Path]:
     return [*table.files, *(directory / name for name in FILES)]
 
 
-def load(directory: Path, device: str) -> tuple[Engine, ArtifactConfig]:
+def load(directory: Path, device: str, min_precision: float | None = None) -> tuple[Classifier, ArtifactConfig]:
     from cmaclip_fast.classifier.artifact import load_config
     from cmaclip_fast.classifier.classifier import Classifier
 
-    return Classifier.load(directory, device).engine, load_config(directory)
+    return Classifier.load(directory, device, min_precision=min_precision), load_config(directory)
 
 
 def examples_of(

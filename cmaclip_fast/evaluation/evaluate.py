@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from cmaclip_fast.data.examples import Examples, make_loader
 from cmaclip_fast.data.named import Taxonomy
-from cmaclip_fast.evaluation.metrics import TaskMetrics, headline_metrics, task_metrics
+from cmaclip_fast.evaluation.calibration import Calibrations, Reliability, calibrated_probabilities
+from cmaclip_fast.evaluation.metrics import headline_metrics
 from cmaclip_fast.nn.modes import evaluation_copy
-from cmaclip_fast.systems.taxonomy import task_probabilities
 from cmaclip_fast.types import Batch, Output
 
 VIEWS: dict[str, dict[str, bool]] = {"both": {}, "text alone": {"image": False}, "image alone": {"text": False}}
@@ -44,7 +44,8 @@ class Classified:
         likelihood: for each labelled task `[N]`, the probability of the label; undefined where unlabelled.
         weights: for each task `[N, 2]`, text and image; None for a system without them.
         present: `[N, 2]`, what each row had.
-        probabilities: for each task `[N, C_task]`; empty unless asked for, since many classes take gigabytes.
+        logits: for each task `[N, C_task]`, float32, before calibration; empty unless asked for, since many classes
+            take gigabytes.
     """
 
     predicted: dict[str, Tensor]
@@ -53,7 +54,7 @@ class Classified:
     likelihood: dict[str, Tensor]
     weights: dict[str, Tensor] | None
     present: Tensor
-    probabilities: dict[str, Tensor] = field(default_factory=dict)
+    logits: dict[str, Tensor] = field(default_factory=dict)
 
     def select(self, rows: Tensor) -> Classified:
         """The answers for some of the rows: a mask `[N]`, or their numbers."""
@@ -68,7 +69,7 @@ class Classified:
             chosen(self.likelihood),
             None if self.weights is None else chosen(self.weights),
             self.present[rows],
-            chosen(self.probabilities),
+            chosen(self.logits),
         )
 
     def by_value(self, values: Sequence[str | None]) -> dict[str, Classified]:
@@ -87,19 +88,18 @@ class Classified:
         ]
         return float(torch.stack(losses).mean()) if losses else 0.0
 
+    def calibration_errors(self) -> dict[str, float]:
+        """The expected calibration error of each labelled task; NaN without labelled rows."""
+        return {
+            task: Reliability.of(self.confidence[task], self.predicted[task], labels).error
+            for task, labels in self.labels.items()
+        }
+
     def headlines(self, target_precision: float = 0.9) -> dict[str, dict[str, float]]:
         """Each task's headline numbers (see `TaskMetrics.headline`)."""
         return {
             task: headline_metrics(self.confidence[task], predicted, self.labels[task], target_precision)
             for task, predicted in self.predicted.items()
-            if task in self.labels
-        }
-
-    def metrics(self, target_precision: float = 0.9) -> dict[str, TaskMetrics]:
-        """Each task's metrics on its labelled rows; needs `probabilities`."""
-        return {
-            task: task_metrics(probabilities, self.labels[task], target_precision)
-            for task, probabilities in self.probabilities.items()
             if task in self.labels
         }
 
@@ -111,23 +111,25 @@ def classify(
     device: torch.device | str = "cpu",
     view: str = "both",
     description: str | None = None,
-    with_probabilities: bool = False,
+    calibrations: Calibrations | None = None,
+    with_logits: bool = False,
 ) -> Classified:
     """Classifies all rows, in order.
 
     Args:
         view: a key of `VIEWS`.
         description: shown with a progress bar; None shows none.
-        with_probabilities: keep those of every class, which `Classified.metrics` needs.
+        calibrations: of the model; None gives its own probabilities.
+        with_logits: keep those of every class.
     """
     parts: dict[str, dict[str, list[Tensor]]] = {
         name: {} for name in ("predicted", "confidence", "labels", "likelihood", "weights")
     }
-    probabilities: dict[str, Tensor] = {}
+    logits: dict[str, Tensor] = {}
     present: list[Tensor] = []
     done = 0
     for batch, output in run(model, examples, batch_size, device, view, description):
-        found = task_probabilities(output.logits, model.tasks, model.taxonomies)
+        found = calibrated_probabilities(output.logits, model.tasks, model.taxonomies, calibrations)
         best = {task: values.max(1) for task, values in found.items()}
         labels = {task: values for task, values in batch.labels.items() if task in found}
         likelihood = {
@@ -142,16 +144,16 @@ def classify(
         }.items():
             for task, values in of_batch.items():
                 parts[name].setdefault(task, []).append(values.cpu())
-        if with_probabilities:
-            for task, values in found.items():
-                if task not in probabilities:
-                    probabilities[task] = torch.empty(len(examples), values.shape[1])
-                probabilities[task][done : done + len(batch)] = values
+        if with_logits:
+            for task, values in output.logits.items():
+                if task not in logits:
+                    logits[task] = torch.empty(len(examples), values.shape[1])
+                logits[task][done : done + len(batch)] = values
         present.append(batch.present.cpu())
         done += len(batch)
     joined = {name: {task: torch.cat(values) for task, values in of.items()} for name, of in parts.items()}
     weights = {task: values.float() for task, values in joined.pop("weights").items()} or None
-    return Classified(**joined, weights=weights, present=torch.cat(present), probabilities=probabilities)
+    return Classified(**joined, weights=weights, present=torch.cat(present), logits=logits)
 
 
 @torch.inference_mode()

@@ -31,10 +31,8 @@ class TaskMetrics:
         accuracy: share of them that are right.
         macro_f1: mean F1 of the classes that occur among labels or predictions.
         recall_at_precision: highest micro recall whose precision reaches the target.
-        threshold: the confidence where it is reached, or None.
         class_rows, class_precision, class_recall, class_f1: `[C]`, at the most probable class.
         class_recall_at_precision: `[C]`, one versus rest; NaN for a class without rows.
-        class_threshold: the probability where it is reached, or None, for each class.
         confusion: sparse `[C, C]` counts, truth by prediction.
     """
 
@@ -42,13 +40,11 @@ class TaskMetrics:
     accuracy: float
     macro_f1: float
     recall_at_precision: float
-    threshold: float | None
     class_rows: Tensor
     class_precision: Tensor
     class_recall: Tensor
     class_f1: Tensor
     class_recall_at_precision: Tensor
-    class_threshold: list[float | None]
     confusion: Tensor
 
     def headline(self) -> dict[str, float]:
@@ -85,11 +81,9 @@ def task_metrics(probabilities: Tensor, labels: Tensor, target_precision: float 
     confidence, predicted = probabilities.float().max(1)
     found = _metrics(confidence, predicted, labels, classes, target_precision)
     labelled = labels >= 0
-    recall_at, thresholds = torch.full((classes,), torch.nan), torch.full((classes,), torch.inf)
+    found.class_recall_at_precision = torch.full((classes,), torch.nan)
     chosen = probabilities if labelled.all() else probabilities[labelled]  # of many classes, a copy is large
-    _fill_class_recall(chosen.float(), labels[labelled], target_precision, recall_at, thresholds)
-    found.class_recall_at_precision = recall_at
-    found.class_threshold = [None if math.isinf(value) else value for value in thresholds.tolist()]
+    _fill_class_recall(chosen.float(), labels[labelled], target_precision, found.class_recall_at_precision)
     return found
 
 
@@ -114,7 +108,7 @@ def _metrics(confidence: Tensor, predicted: Tensor, labels: Tensor, classes: int
     labelled = labels >= 0
     confidence, predicted, labels = confidence[labelled], predicted[labelled], labels[labelled]
     right = predicted == labels
-    recall, threshold = micro_recall_at_precision(confidence, right, target)
+    recall = micro_recall_at_precision(confidence, right, target)
     hits = torch.bincount(labels[right], minlength=classes)
     class_rows, predictions = (torch.bincount(numbers, minlength=classes) for numbers in (labels, predicted))
     f1 = 2 * hits / (class_rows + predictions).clamp_min(1)
@@ -125,23 +119,19 @@ def _metrics(confidence: Tensor, predicted: Tensor, labels: Tensor, classes: int
         accuracy=float(right.float().mean()) if len(labels) else 0.0,
         macro_f1=float(f1[seen].mean()) if len(labels) else 0.0,
         recall_at_precision=recall,
-        threshold=threshold,
         class_rows=class_rows,
         class_precision=hits / predictions.clamp_min(1),
         class_recall=hits / class_rows.clamp_min(1),
         class_f1=f1,
         class_recall_at_precision=torch.full((classes,), torch.nan),
-        class_threshold=[None] * classes,
         confusion=torch.sparse_coo_tensor(
             pairs, torch.ones_like(labels), (classes, classes), check_invariants=True
         ).coalesce(),
     )
 
 
-def _fill_class_recall(
-    probabilities: Tensor, labels: Tensor, target: float, recall_at: Tensor, thresholds: Tensor
-) -> None:
-    """Sets the highest recall of each class that has rows, one versus rest, and the threshold where it is reached.
+def _fill_class_recall(probabilities: Tensor, labels: Tensor, target: float, recall_at: Tensor) -> None:
+    """Sets the highest recall of each class that has rows, one versus rest.
 
     What torchmetrics' `multiclass_recall_at_fixed_precision` gives, for many classes at a time.
     """
@@ -150,33 +140,28 @@ def _fill_class_recall(
     for part in labels.unique().split(max(1, _SORTED_AT_ONCE // max(1, len(labels)))):
         scores, order = probabilities[:, part].T.contiguous().sort(dim=1, descending=True)
         hits = (labels[order] == part[:, None]).cumsum(1)
-        best, at = _most_hits(scores, hits, target)
-        recall_at[part] = best / hits[:, -1]
-        thresholds[part] = scores.gather(1, at[:, None])[:, 0].where(best > 0, torch.inf)
+        recall_at[part] = _most_hits(scores, hits, target) / hits[:, -1]
 
 
-def micro_recall_at_precision(confidence: Tensor, right: Tensor, target: float) -> tuple[float, float | None]:
-    """Highest recall over confidence thresholds whose precision is at least `target`, and the threshold.
+def micro_recall_at_precision(confidence: Tensor, right: Tensor, target: float) -> float:
+    """Highest recall over confidence thresholds whose precision is at least `target`.
 
     From the confidence `[N]` of each labelled row and whether it is right, `[N]` bool.
-
     """
     if len(right) == 0:
-        return 0.0, None
+        return 0.0
     scores, order = confidence.sort(descending=True)
-    best, at = (int(value) for value in _most_hits(scores[None], right[order].cumsum(0)[None], target))
-    return best / len(right), float(scores[at]) if best else None
+    return int(_most_hits(scores[None], right[order].cumsum(0)[None], target)) / len(right)
 
 
-def _most_hits(scores: Tensor, hits: Tensor, target: float) -> tuple[Tensor, Tensor]:
-    """The most hits at a threshold whose precision is at least `target` (0: there is none), and its place: `[K]` each.
+def _most_hits(scores: Tensor, hits: Tensor, target: float) -> Tensor:
+    """The most hits at a threshold whose precision is at least `target`, `[K]`; 0 where there is none.
 
     Of scores that fall, `[K, N]`, and the number of hits among the first 1, 2, ... N of them.
     """
     # rows of the same score are answered together
     whole = torch.cat([scores[:, 1:] != scores[:, :-1], torch.ones(len(scores), 1, dtype=torch.bool)], dim=1)
-    best, at = hits.where(whole & (hits / torch.arange(1, hits.shape[1] + 1) >= target), 0).max(1)
-    return best, at
+    return hits.where(whole & (hits / torch.arange(1, hits.shape[1] + 1) >= target), 0).amax(1)
 
 
 def micro_curve(confidence: Tensor, predicted: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -234,3 +234,18 @@ def precision_curve(task: TaskView, target: float) -> _Chart | None:
     shown = np.unique(np.linspace(0, len(precision) - 1, min(len(precision), _CURVE_POINTS)).astype(int))
     series = [("ink", "precision", recall[shown], precision[shown])]
     return _chart("Precision over recall", caption, "recall", series, (0.0, 1.0), (0.0, 1.0), mark, target)
+
+
+def reliability_diagram(task: TaskView) -> _Chart | None:
+    """Share of right answers over confidence, before and after calibration."""
+    if task.reliability is None or not len(task.reliability[1].rows):
+        return None
+    before, after = task.reliability
+    diagonal = np.array([0.0, 1.0])
+    series = [
+        ("rule", "calibrated perfectly", diagonal, diagonal),
+        ("faint", "before", before.confidence, before.accuracy),
+        ("ink", "after", after.confidence, after.accuracy),
+    ]
+    caption = f"expected calibration error {before.error:.3f} before calibration, {after.error:.3f} after"
+    return _chart("Accuracy over confidence", caption, "confidence", series, (0.0, 1.0), (0.0, 1.0))

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from cmaclip_fast.errors import clipped
-from cmaclip_fast.pages.charts import confusion_matrix_view, precision_curve, training_curves, weight_histogram
+from cmaclip_fast.pages.charts import (
+    confusion_matrix_view,
+    precision_curve,
+    reliability_diagram,
+    training_curves,
+    weight_histogram,
+)
 from cmaclip_fast.pages.explanation import gallery_card
 from cmaclip_fast.pages.page import NAME_LENGTH, TEXT_LENGTH, finite, render_template, write_html
 from cmaclip_fast.pages.views import ReportView, TaskView
@@ -29,6 +35,7 @@ def render_report(view: ReportView, path: str | os.PathLike[str]) -> None:
         summary={name: clipped(value, TEXT_LENGTH) for name, value in view.summary.items()},
         target=f"{100 * view.target_precision:g} %",
         headline=_headline(view.splits),
+        promises=[clipped(sentence, TEXT_LENGTH) for sentence in view.promises],
         curves=training_curves(view.history),
         tasks=[_task(task, view.target_precision) for task in view.tasks],
         galleries=[
@@ -72,6 +79,8 @@ def _task(task: TaskView, target: float) -> dict[str, Any]:
         "confusion": confusion_matrix_view(task),
         "weights": weight_histogram(task),
         "curve": precision_curve(task, target),
+        "reliability": reliability_diagram(task),
+        "decision": task.decision,
     }
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 from scipy.sparse import coo_array
 
+from cmaclip_fast.evaluation.calibration import Reliability
+
 
 @dataclass
 class Prediction:
@@ -17,6 +19,7 @@ class Prediction:
     Attributes:
         label: the true class, or None where the row is unlabelled.
         predicted: the most probable class.
+        status: `accepted` or `unsure`; None where the model has no thresholds.
         probability: its probability, 0 to 1.
         top: the most probable classes with their probabilities, best first.
         weights: the modality weights of text and image (in this order), or None for a system without them.
@@ -27,6 +30,7 @@ class Prediction:
     probability: float
     top: list[tuple[str, float]] = field(default_factory=list)
     weights: tuple[float, float] | None = None
+    status: str | None = None
 
 
 @dataclass
@@ -68,6 +72,8 @@ class TaskView:
         confusion: `[C, C]` counts, dense or sparse, a row for each true class.
         weights: `[N, 2]` modality weights (text, image); rows that sum to 0 (neither present) are left out.
         precision_curve, recall_curve: two arrays of one length, a point for each confidence threshold.
+        decision: `target_precision`, `rows`, `accepted`, `coverage`, `precision`, `verdict` of the accepted rows.
+        reliability: before and after calibration.
     """
 
     name: str
@@ -78,6 +84,8 @@ class TaskView:
     weights: np.ndarray | None = None
     precision_curve: np.ndarray | None = None
     recall_curve: np.ndarray | None = None
+    decision: dict[str, Any] | None = None
+    reliability: tuple[Reliability, Reliability] | None = None
 
 
 @dataclass
@@ -93,6 +101,7 @@ class ReportView:
         tasks: a section for each.
         right, wrong: rows for the gallery, some 24 together to keep the file small.
         target_precision: the precision, 0 to 1, at which recall is reported.
+        promises: for each task a sentence: how many rows can be published, how many need a person.
     """
 
     title: str
@@ -103,3 +112,4 @@ class ReportView:
     right: list[ExampleView] = field(default_factory=list)
     wrong: list[ExampleView] = field(default_factory=list)
     target_precision: float = 0.9
+    promises: list[str] = field(default_factory=list)

@@ -63,7 +63,7 @@ SYSTEMS = (
 
 LOCK, RECORDS = ".lock", "records"
 
-FORMAT = 3
+FORMAT = 4
 """Of a record; one of another format is not read."""
 
 SHOWN_ROWS = 6
@@ -457,8 +457,8 @@ def _run(comparison: Comparison, splits: dict[str, Table], run: Run) -> dict[str
         if not resume:
             raise
         result = train(training, quiet)  # what there was is damaged, or of other settings
-    validation = json.loads((folder / METRICS).read_text(encoding="utf-8"))["validation"]
-    accuracies = [metrics["accuracy"] for metrics in validation.values() if metrics["rows"]]
+    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    accuracies = [of_task["accuracy"] for of_task in metrics["validation"].values() if of_task["rows"]]
     model = load_model(folder)
     picture = record_path(comparison.output, run).with_suffix(".png")
     if run.seed == comparison.seeds[0]:
@@ -474,6 +474,8 @@ def _run(comparison: Comparison, splits: dict[str, Table], run: Run) -> dict[str
         "validation": sum(accuracies) / max(len(accuracies), 1),
         "attention": picture.relative_to(comparison.output).as_posix() if picture.is_file() else None,
         "test": result.metrics,
+        "decisions": metrics["decisions"],
+        "calibration": metrics["calibration"],
         **measure(model, splits["test"], comparison.kinds, comparison.by, comparison.target_precision),
         "versions": versions(),
         "threads": torch.get_num_threads(),

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cmaclip_fast.data.augment import Augmentation
+from cmaclip_fast.evaluation.calibration import Method
 
 
 class TrainingConfig(BaseModel):
@@ -46,6 +47,9 @@ class TrainingConfig(BaseModel):
         compile: run through `torch.compile`; the first steps take minutes.
         lora_rank: of the low-rank adapters (LoRA) that are trained in place of the towers' own weights, at
             `learning_rate`, and are added to those weights at the end; 0 trains the towers themselves. Needs peft.
+        calibration: of the probabilities, on the validation rows: by a `temperature` for each task, or by a `vector` of
+            temperatures and biases of the classes, which fits more and needs more rows.
+        class_thresholds: give each class with enough validation rows a threshold of its own.
         workers: processes that load data; `auto` chooses their number from the time that the first batches and steps
             take. It changes the speed alone.
         seed: of weights, order and augmentation; a run on CPU repeats bit for bit on the same machine.
@@ -79,6 +83,8 @@ class TrainingConfig(BaseModel):
     checkpointing: bool = False
     compile: bool = False
     lora_rank: int = Field(0, ge=0)
+    calibration: Method = "temperature"
+    class_thresholds: bool = False
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     seed: int = Field(0, ge=0)
 

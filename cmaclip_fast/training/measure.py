@@ -1,4 +1,4 @@
-"""What is measured of a trained model: thresholds, metrics, and the view of its report."""
+"""What is measured of a trained model: decisions, metrics, and the view of its report."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from scipy.sparse import coo_array
 
+from cmaclip_fast.classifier.decisions import Decisions
 from cmaclip_fast.classifier.explanation import explain
 from cmaclip_fast.data.examples import Examples
+from cmaclip_fast.evaluation.calibration import Reliability, calibrated_probabilities
 from cmaclip_fast.evaluation.evaluate import VIEWS, Classified, classify
-from cmaclip_fast.evaluation.metrics import TaskMetrics, micro_curve
+from cmaclip_fast.evaluation.metrics import TaskMetrics, micro_curve, task_metrics
+from cmaclip_fast.evaluation.promise import Promise, sentences
 from cmaclip_fast.pages.views import ReportView, TaskView
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.training.checkpoint import Progression
+from cmaclip_fast.training.config import TrainingConfig
 
 GALLERY = 12
 
@@ -25,58 +29,71 @@ class Measured:
     """Measurements of a trained model.
 
     Attributes:
-        thresholds: what `thresholds.json` holds.
+        decisions: the calibration and the thresholds.
         record: what `metrics.json` holds.
-        answers: predictions for the test rows, without the probabilities of every class.
+        answers: calibrated predictions for the test rows, without the logits of every class.
         tasks: all metrics of each task on the test rows.
+        promises: of each task, on the test rows.
+        reliability: of each task, on the test rows, before and after calibration.
     """
 
-    thresholds: dict[str, Any]
+    decisions: Decisions
     record: dict[str, Any]
     answers: Classified
     tasks: dict[str, TaskMetrics]
+    promises: dict[str, Promise]
+    reliability: dict[str, tuple[Reliability, Reliability]]
 
 
 def measure(
     model: System,
     examples: dict[str, Examples],
-    batch_size: int,
+    config: TrainingConfig,
     target_precision: float,
     progression: Progression,
     counts: dict[str, int],
 ) -> Measured:
-    """Measures the test rows in every view and chooses thresholds on the validation rows.
+    """Calibrates and chooses thresholds on the validation rows, and measures the test rows in every view.
 
     Args:
         examples: the splits `validation` and `test`.
         counts: how many rows were bad or truncated, and in what way.
     """
     device = next(model.parameters()).device
-
-    def whole(split: str) -> Classified:
-        return classify(model, examples[split], batch_size, device, with_probabilities=True)
-
-    validation = whole("validation").metrics(target_precision)
-    thresholds = {
-        task: {
-            "target_precision": target_precision,
-            "task": m.threshold,
-            "classes": dict(zip(model.tasks[task], m.class_threshold, strict=True)),
-        }
-        for task, m in validation.items()
+    size = config.batch_size
+    before = classify(model, examples["validation"], size, device, with_logits=True)
+    decisions = Decisions.fit(
+        model, before.logits, before.labels, target_precision, config.class_thresholds, config.calibration
+    )
+    validation = _metrics(before, decisions, target_precision)
+    before.logits.clear()  # with thousands of classes they take much memory
+    both = classify(model, examples["test"], size, device, calibrations=decisions.calibrations, with_logits=True)
+    full = _metrics(both, decisions, target_precision)
+    raw = calibrated_probabilities(both.logits, model.tasks, model.taxonomies)
+    both.logits.clear()
+    kept = decisions.promises(both)
+    said = {
+        task: (
+            Reliability.of(*raw[task].max(1), both.labels[task]),
+            Reliability.of(both.confidence[task], both.predicted[task], both.labels[task]),
+        )
+        for task in both.labels
     }
-    both = whole("test")
-    full = both.metrics(target_precision)
-    both.probabilities.clear()  # with thousands of classes they take much memory
     metrics = {"both": {task: m.headline() for task, m in full.items()}}
     for view in VIEWS:
         if view not in metrics:
-            answers = classify(model, examples["test"], batch_size, device, view)
+            answers = classify(model, examples["test"], size, device, view, calibrations=decisions.calibrations)
             metrics[view] = answers.headlines(target_precision)
     record = {
         "target_precision": target_precision,
         "test": metrics,
         "validation": {task: m.headline() for task, m in validation.items()},
+        "decisions": {task: promise.record() for task, promise in kept.items()},
+        "hierarchies": decisions.hierarchies(both),
+        "calibration": {
+            task: {"expected_calibration_error": after.error, "before_calibration": raw.error}
+            for task, (raw, after) in said.items()
+        },
         "modality_weights": mean_weights(both),
         "history": progression.history,
         "best_epoch": progression.best_epoch,
@@ -84,7 +101,16 @@ def measure(
         "counts": counts,
         "classes": {task: m.per_class(model.tasks[task]) for task, m in full.items()},
     }
-    return Measured(thresholds, record, both, full)
+    return Measured(decisions, record, both, full, kept, said)
+
+
+def _metrics(answers: Classified, decisions: Decisions, target_precision: float) -> dict[str, TaskMetrics]:
+    """Each task's metrics on its labelled rows."""
+    return {
+        task: task_metrics(probabilities, answers.labels[task], target_precision)
+        for task, probabilities in decisions.probabilities(answers.logits).items()
+        if task in answers.labels
+    }
 
 
 def mean_weights(answers: Classified) -> dict[str, dict[str, float]] | None:
@@ -124,14 +150,16 @@ def report_view(
         },
         history=measured.record["history"],
         splits={names[view]: tasks for view, tasks in measured.record["test"].items()},
-        tasks=[_task_view(model, task, m, measured.answers) for task, m in measured.tasks.items()],
-        right=explain(model, test.table.select(right)),
-        wrong=explain(model, test.table.select(wrong)),
+        tasks=[_task_view(model, task, m, measured) for task, m in measured.tasks.items()],
+        right=explain(model, test.table.select(right), measured.decisions),
+        wrong=explain(model, test.table.select(wrong), measured.decisions),
+        promises=sentences(measured.promises),
         target_precision=target_precision,
     )
 
 
-def _task_view(model: System, task: str, metrics: TaskMetrics, answers: Classified) -> TaskView:
+def _task_view(model: System, task: str, metrics: TaskMetrics, measured: Measured) -> TaskView:
+    answers = measured.answers
     precision, recall = micro_curve(answers.confidence[task], answers.predicted[task], answers.labels[task])
     return TaskView(
         name=task,
@@ -144,6 +172,8 @@ def _task_view(model: System, task: str, metrics: TaskMetrics, answers: Classifi
         weights=None if answers.weights is None else answers.weights[task].numpy(),
         precision_curve=precision.numpy(),
         recall_curve=recall.numpy(),
+        decision=measured.promises[task].record() if task in measured.promises else None,
+        reliability=measured.reliability.get(task),
     )
 
 

@@ -17,7 +17,6 @@ from cmaclip_fast.classifier.artifact import (
     LOG,
     METRICS,
     REPORT,
-    THRESHOLDS,
     DataColumns,
     check_replaceable,
     load_config,
@@ -35,6 +34,7 @@ from cmaclip_fast.data.split import split_table
 from cmaclip_fast.data.table import Table
 from cmaclip_fast.data.tokenizer import Tokenizer, TrainedTokenizer
 from cmaclip_fast.errors import InputError
+from cmaclip_fast.evaluation.promise import sentences
 from cmaclip_fast.files import cannot, status_of, write_json
 from cmaclip_fast.pages.report import render_report
 from cmaclip_fast.progress import Console
@@ -46,7 +46,7 @@ from cmaclip_fast.training.checkpoint import Progression
 from cmaclip_fast.training.config import TrainingConfig
 from cmaclip_fast.training.log import log, log_file
 from cmaclip_fast.training.loop import fit, mixed_precision
-from cmaclip_fast.training.measure import measure, report_view
+from cmaclip_fast.training.measure import Measured, measure, report_view
 from cmaclip_fast.working import WorkingFolder
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -66,7 +66,7 @@ class TrainingRun:
         training_options: fields of `TrainingConfig` that differ from the defaults.
         split_column: where there is another than `split`.
         on_bad_rows: what a bad row leads to (see `check_rows`).
-        target_precision: for thresholds and recall at a fixed precision.
+        target_precision: of the accepted answers, and for recall at a fixed precision.
         overwrite: replace an existing output folder.
         resume: continue an interrupted run towards `output` from its checkpoint.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -196,8 +196,9 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         log.info("best epoch %d of %d, %.0f s", progression.best_epoch, progression.epoch, progression.seconds)
 
         model.eval()
-        measured = measure(model, examples, config.batch_size, run.target_precision, progression, counts)
-        write_json(work / THRESHOLDS, measured.thresholds)
+        measured = measure(model, examples, config, run.target_precision, progression, counts)
+        _log_decisions(measured)
+        measured.decisions.save(work)
         write_json(work / METRICS, measured.record)
         columns = DataColumns(
             image=run.table.columns.image,
@@ -224,6 +225,22 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         log.info("wrote %s", run.output)
         folder.finish(True)
     return Result(run.output, measured.record["test"], progression.seconds)
+
+
+def _log_decisions(measured: Measured) -> None:
+    for task, found in measured.decisions.thresholds.items():
+        if found.threshold is None:
+            log.warning(
+                "%s: no threshold is shown to reach a precision of %g on %d validation rows: all answers are unsure",
+                task,
+                found.target_precision,
+                found.rows,
+            )
+        if found.per_class:
+            left = len(measured.decisions.tasks[task]) - len(found.classes)
+            log.info("%s: %d classes have too few validation rows for a threshold of their own", task, left)
+    for sentence in sentences(measured.promises):
+        log.info("test rows: %s", sentence)
 
 
 def _check_modalities(run: TrainingRun, system: type[System], config: TrainingConfig) -> None:

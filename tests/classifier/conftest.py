@@ -17,6 +17,7 @@ from cmaclip_fast.data import TrainedTokenizer
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.systems.cma_clip import CMACLIP, CMACLIPConfig
+from tests.decided import save_decided
 
 TASKS = {"colour": ["blue", "green", "red"], "style/cut": ["long", "short"]}
 TEXTS = ["a long red dress", "short blue coat", "green skirt", None, "a short red coat", "blue dress", "long skirt"]
@@ -81,4 +82,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     folder.mkdir()
     save_model(folder, make_model(), COLUMNS, "here", {"seed": 0})
+    save_decided(folder, make_model())
     return folder

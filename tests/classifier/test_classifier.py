@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,6 @@ import torch
 from PIL import Image
 
 from cmaclip_fast import Batch, Classifier, InputError, create_model
-from cmaclip_fast.classifier.artifact import DataColumns, save_model
 from cmaclip_fast.classifier.explanation import explain
 from cmaclip_fast.data import Columns, Examples, read_table
 from cmaclip_fast.evaluation.cost import forward_flops
@@ -305,17 +306,23 @@ def test_every_system_embeds(name: str) -> None:
 def test_an_artefact_is_loaded(folder: Path) -> None:
     classifier = Classifier.load(folder)
     assert isinstance(classifier.system, CMACLIP) and classifier.tasks == TASKS
-    assert classifier.columns.image == "file" and classifier.thresholds == {}
-    assert classifier.predict(make_pictures(), TEXTS) == Classifier(make_model()).predict(make_pictures(), TEXTS)
+    assert classifier.columns.image == "file" and classifier.decisions is not None
+    own = Classifier.load(folder, calibrated=False).predict(make_pictures(), TEXTS)
+    for loaded, made in zip(own, Classifier(make_model()).predict(make_pictures(), TEXTS), strict=True):
+        assert {task: said.top for task, said in loaded.items()} == {task: said.top for task, said in made.items()}
 
 
 @tried("artefact", ends="one line that names the file")
-@pytest.mark.parametrize("content", ["", "{", "[]", "NaN", "\udcff"])
-def test_damaged_thresholds(content: str, tmp_path: Path) -> None:
-    save_model(tmp_path, make_model(), DataColumns(image="i", text=None, tasks=list(TASKS)), "here", {})
-    (tmp_path / "thresholds.json").write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(InputError, match=r"thresholds\.json: "):
-        Classifier.load(tmp_path)
+@pytest.mark.parametrize("content", ["", "{", "[]", "NaN", "\udcff", '{"colour": 1}', '{"no such task": {}}'])
+@pytest.mark.parametrize("name", ["thresholds.json", "calibration.json", "scores.safetensors"])
+def test_damaged_decisions(name: str, content: str, folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    (copied / name).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=rf"{re.escape(name)}: "):
+        Classifier.load(copied)
+    (copied / name).unlink()
+    with pytest.raises(InputError, match=rf"{re.escape(name)}: missing"):
+        Classifier.load(copied)
 
 
 @tried("call from Python", ends="one line")

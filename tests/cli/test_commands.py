@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from cmaclip_fast import Classifier
-from cmaclip_fast.classifier.artifact import load_config, load_model
+from cmaclip_fast.classifier.artifact import FILES, load_config, load_model
 
 from .conftest import COLUMNS, QUICK, Done
 
@@ -20,14 +21,13 @@ Run = Callable[..., Done]
 
 
 def test_train_writes_the_whole_artefact_and_nothing_else(artifact: Path) -> None:
-    files = {"model.safetensors", "config.json", "thresholds.json", "metrics.json", "report.html", "train.log"}
-    assert {path.name for path in artifact.iterdir()} == files
+    assert {path.name for path in artifact.iterdir()} == set(FILES)
     assert [path.name for path in artifact.parent.iterdir()] == [artifact.name]
     metrics = json.loads((artifact / "metrics.json").read_text())
     assert metrics["test"]["both"]["shape"]["rows"] == 16
     assert [record["epoch"] for record in metrics["history"]] == [1, 2]
     thresholds = json.loads((artifact / "thresholds.json").read_text())
-    assert set(thresholds["colour"]["classes"]) == {"red", "green", "blue"}
+    assert thresholds["colour"]["target_precision"] == 0.9
     assert "epoch 2/2" in (artifact / "train.log").read_text()
     page = (artifact / "report.html").read_text()
     assert "a nice" in page and "data:image" in page
@@ -63,7 +63,9 @@ def test_predict_writes_keys_labels_probabilities_and_weights(
     for row in rows:
         for task, names in load_config(artifact).tasks.items():
             top = row[f"{task}_top"]
-            assert row[task] == top[0]["label"] and row[f"{task}_probability"] == pytest.approx(top[0]["probability"])
+            assert row[f"{task}_status"] in ("accepted", "unsure")
+            assert row[task] == (top[0]["label"] if row[f"{task}_status"] == "accepted" else None)
+            assert row[f"{task}_probability"] == pytest.approx(top[0]["probability"])
             assert {entry["label"] for entry in top} == set(names)
             assert sum(entry["probability"] for entry in top) == pytest.approx(1, abs=1e-5)
             assert row[f"{task}_text_weight"] + row[f"{task}_image_weight"] == pytest.approx(1, abs=1e-5)
@@ -184,3 +186,73 @@ def test_env_names_every_backend(cmaclip: Run) -> None:
     for name in ("torch", "triton", "open_clip", "reference", "cpp", "cuda"):
         assert name in done.out.lower()
     assert "backends" in json.loads(cmaclip("env", "--json").out)
+
+
+def test_predict_decides_by_the_precision_that_is_asked_for(
+    cmaclip: Run, artifact: Path, shapes: Path, tmp_path: Path
+) -> None:
+    def statuses(name: str, *options: object) -> list[str]:
+        done = cmaclip("predict", artifact, "--data", shapes, "--output", tmp_path / name, *options)
+        assert done.code == 0, done.err
+        rows = pq.read_table(tmp_path / name).to_pylist()
+        assert all((row["shape"] is None) == (row["shape_status"] == "unsure") for row in rows)
+        return [row["shape_status"] for row in rows]
+
+    assert set(statuses("certain.parquet", "--min-precision", 1.0)) == {"unsure"}
+    low = statuses("low.parquet", "--min-precision", 0.01)
+    assert "accepted" in low
+    wrong = cmaclip("predict", artifact, "--data", shapes, "--output", tmp_path / "x.parquet", "--min-precision", 2)
+    assert wrong.code == 2 and "min-precision" in wrong.err
+
+
+def test_a_run_with_another_precision_is_not_resumed(
+    cmaclip: Run, artifact: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cmaclip_fast.classifier import bulk
+
+    monkeypatch.setattr(bulk, "PART_ROWS", 16)
+    command = ["predict", artifact, "--data", shapes, "--output", tmp_path / "labels.parquet"]
+    with monkeypatch.context() as patch:
+        real, calls = bulk._Parts.write, []
+
+        def write(parts: bulk._Parts, part: bulk.Part) -> None:
+            if calls:
+                raise KeyboardInterrupt
+            calls.append(part)
+            real(parts, part)
+
+        patch.setattr(bulk._Parts, "write", write)
+        assert cmaclip(*command).code == 130
+    other = cmaclip(*command, "--resume", "--min-precision", 0.5)
+    assert other.code == 2 and "min_precision" in other.err
+    assert cmaclip(*command, "--resume").code == 0
+
+
+def test_evaluate_says_whether_the_promise_is_kept(cmaclip: Run, artifact: Path, shapes: Path, tmp_path: Path) -> None:
+    done = cmaclip("evaluate", artifact, "--min-precision", 0.01, "--split", "all", "--json", tmp_path / "m.json")
+    assert done.code == 0, done.err
+    assert "coverage" in done.out and "kept" in done.out
+    said = json.loads((tmp_path / "m.json").read_text())
+    shape = said["decisions"]["shape"]
+    assert shape["target_precision"] == 0.01 and shape["verdict"] == "kept"
+    output = tmp_path / "labels.parquet"
+    assert cmaclip("predict", artifact, "--data", shapes, "--output", output, "--min-precision", 0.01).code == 0
+    rows = pq.read_table(output).to_pylist()
+    accepted = [row["shape_status"] == "accepted" for row in rows]
+    with shapes.open() as file:
+        right = [row["shape"] == said["shape"] for row, said in zip(csv.DictReader(file), rows, strict=True)]
+    assert (shape["rows"], shape["accepted"], shape["right"]) == (len(rows), sum(accepted), sum(right))
+    assert 0 <= said["calibration"]["shape"] <= 1
+
+
+def test_a_precision_that_nothing_reaches_is_said(cmaclip: Run, shapes: Path, tmp_path: Path) -> None:
+    output = tmp_path / "strict"
+    done = cmaclip(
+        "train", "--data", shapes, *COLUMNS, "--output", output, *QUICK, "--target-precision", 1.0, "--class-thresholds"
+    )
+    assert done.code == 0, done.err
+    assert "all answers are unsure" in " ".join(done.err.split())
+    assert "all 16 rows need a person" in (output / "report.html").read_text()
+    thresholds = json.loads((output / "thresholds.json").read_text())
+    assert thresholds["shape"]["threshold"] is None and thresholds["shape"]["classes"] == {}
+    assert "classes have too few validation rows" in " ".join(done.err.split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -101,12 +102,16 @@ def test_a_taxonomy_is_trained_and_predicted_along_its_paths(cmaclip: Run, tmp_p
         assert done.code == 0, done.err
         measured = json.loads((tmp_path / "m.json").read_text())["tasks"]
         assert measured["kind_3"] == pytest.approx(trained["kind_3"])
+        assert "hierarchical precision" in done.out
 
     done = cmaclip("predict", run, "--data", table, "--output", tmp_path / "labels.parquet")
     assert done.code == 0, done.err
     for row in pq.read_table(tmp_path / "labels.parquet").to_pylist():
-        one, two, three = (row[f"kind_{level}"].split(" > ") for level in (1, 2, 3))
+        one, two, three = (row[f"kind_{level}_top"][0]["label"].split(" > ") for level in (1, 2, 3))
         assert two[:1] == one and three[:2] == two
+        accepted = [row[f"kind_{level}"] for level in (1, 2, 3)]
+        assert row["kind"] == next((path for path in reversed(accepted) if path), None)
+        assert all(above or not below for above, below in pairwise(accepted))
         assert row["kind_1_probability"] + 1e-6 >= row["kind_2_probability"] >= row["kind_3_probability"] - 1e-6
     explained = cmaclip("explain", run, "--row", 1, "--output", tmp_path / "page.html")
     assert explained.code == 0, explained.err

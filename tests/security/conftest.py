@@ -16,6 +16,7 @@ import pytest
 from cmaclip_fast.classifier.artifact import DataColumns, save_model
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.systems.build import create_system
+from tests.decided import save_decided
 from tests.systems.conftest import NAMES, TASKS, make, make_tokenizer
 
 VISION = {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16}
@@ -26,6 +27,7 @@ def save(folder: Path, system: System) -> Path:
     folder.mkdir(parents=True)
     columns = DataColumns(image="image", text="text", tasks=list(TASKS))
     save_model(folder, system, columns, "nowhere.csv", {"seed": 0})
+    save_decided(folder, system)
     return folder
 
 

@@ -15,6 +15,7 @@ from cmaclip_fast.systems.base import System
 from cmaclip_fast.systems.build import create_system
 from cmaclip_fast.training.config import TrainingConfig
 from cmaclip_fast.training.loop import parameter_groups
+from tests.decided import save_decided
 
 from .conftest import TASKS, make_tokenizer
 
@@ -68,6 +69,7 @@ def test_its_weights_know_what_words_mean(bert: System) -> None:
 
 def test_the_artefact_needs_the_folder_no_more(bert: System, tmp_path: Path) -> None:
     save_model(tmp_path, bert, DataColumns(image=None, text="t", tasks=list(TASKS)), "here", {"seed": 0})
+    save_decided(tmp_path, bert)
     assert "minilm" not in (tmp_path / "config.json").read_text(encoding="utf-8").lower()
     loaded, batch = load_model(tmp_path), batch_of(bert)
     with torch.inference_mode():
@@ -133,6 +135,7 @@ def test_a_timm_tower_by_name_and_with_local_weights(tmp_path: Path) -> None:
         assert rates[id(dict(system.named_parameters())[stem])] == rate
 
     save_model(tmp_path, read, DataColumns(image="i", text=None, tasks=list(TASKS)), "here", {"seed": 0})
+    save_decided(tmp_path, read)
     path.unlink()
     picture = Image.new("RGB", (50, 40), "red")
     assert Classifier.load(tmp_path).predict(picture) == Classifier(read).predict(picture)

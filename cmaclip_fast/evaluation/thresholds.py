@@ -1,0 +1,102 @@
+"""Thresholds of confidence above which a task's answers are right as often as promised.
+
+A threshold is not taken where the precision on the validation rows happens to reach the target, which small samples do
+by luck, but where it is shown to: for each candidate, the one-sided exact lower bound of Clopper and Pearson on the
+precision of the rows at or above it must reach the target. Candidates are tested in a fixed order, from few accepted
+rows to many, and the first that fails ends the search (fixed-sequence testing; Angelopoulos et al., "Learn then Test",
+arXiv 2110.01052, section 3.1), so that with probability `ASSURANCE` the one that is chosen keeps the promise.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import beta
+from torch import Tensor
+
+ASSURANCE = 0.9
+"""Probability that the precision reaches the target on rows like the validation rows."""
+
+MIN_CLASS_ROWS = 5
+"""A class with fewer labelled validation rows has no threshold of its own."""
+
+_GROWTH = 1.05
+"""Of the number of accepted rows from one candidate to the next."""
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The lowest confidence that is accepted.
+
+    Attributes:
+        value: the confidence; None where no threshold reaches the target, so that nothing is accepted.
+        rows: labelled validation rows.
+        accepted: rows among them at or above it.
+        right: rows among those whose answer is right.
+    """
+
+    value: float | None
+    rows: int
+    accepted: int = 0
+    right: int = 0
+
+
+def precision_bound(right: np.ndarray | int, rows: np.ndarray | int, error: float) -> np.ndarray:
+    """The lower bound of Clopper and Pearson on a precision, missed with probability `error` at most."""
+    right, rows = np.asarray(right), np.asarray(rows)
+    return np.where(right > 0, beta.ppf(error, np.maximum(right, 1), rows - right + 1), 0.0)
+
+
+def rows_needed(target: float, error: float) -> int:
+    """The fewest rows that, all being right, show a precision of `target`; more than there can be for 1."""
+    return math.ceil(math.log(error) / math.log(target) - 1e-9) if target < 1 else sys.maxsize
+
+
+def choose_threshold(confidence: Tensor, right: Tensor, target: float, assurance: float = ASSURANCE) -> Threshold:
+    """The threshold that accepts the most rows among those that keep the promise.
+
+    Args:
+        confidence: `[N]`, of the labelled rows.
+        right: `[N]` bool.
+        target: precision to keep, in (0, 1]. A precision of 1 cannot be shown by a sample: nothing is accepted.
+    """
+    order = confidence.argsort(descending=True)
+    scores, hits = confidence[order].numpy(), np.cumsum(right[order].numpy())
+    rows, error = len(scores), 1 - assurance
+    first = rows_needed(target, error)
+    if first > rows:
+        return Threshold(None, rows)
+    # rows of the same score are accepted together
+    whole = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) + 1
+    sizes = np.ceil(first * _GROWTH ** np.arange(math.log(rows / first, _GROWTH) + 2)).clip(max=rows)
+    best = 0
+    for size in np.unique(whole[np.searchsorted(whole, sizes)]).tolist():
+        if precision_bound(hits[size - 1], size, error) < target:
+            break
+        best = size
+    if not best:
+        return Threshold(None, rows)
+    return Threshold(float(scores[best - 1]), rows, best, int(hits[best - 1]))
+
+
+def choose_class_thresholds(
+    confidence: Tensor, predicted: Tensor, labels: Tensor, target: float, assurance: float = ASSURANCE
+) -> dict[int, Threshold]:
+    """A threshold for each class that has enough rows for one; the others are left to the task's.
+
+    A class needs `MIN_CLASS_ROWS` labelled rows, and as many rows that are predicted as it as can show the target.
+
+    Args:
+        confidence, predicted, labels: `[N]`, of the labelled rows.
+    """
+    fewest = rows_needed(target, 1 - assurance)
+    known = labels.bincount(minlength=int(predicted.max()) + 1 if len(predicted) else 0)
+    found = {}
+    for number in predicted.unique().tolist():
+        rows = predicted == number
+        if known[number] >= MIN_CLASS_ROWS and rows.sum() >= fewest:
+            found[number] = choose_threshold(confidence[rows], labels[rows] == number, target, assurance)
+    return found
