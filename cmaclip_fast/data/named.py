@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
+
+from platformdirs import user_cache_path
 
 
 @dataclass(frozen=True)
@@ -130,18 +131,13 @@ PUBLIC = {
 def data_home() -> Path:
     """The folder that data sets are built in.
 
-    It is the environment variable CMACLIP_DATA where that is set, else `cmaclip_fast` in the user's cache folder:
-    `$XDG_CACHE_HOME` or `~/.cache` on Linux, `~/Library/Caches` on macOS, `%LOCALAPPDATA%` on Windows.
+    It is the environment variable CMACLIP_DATA where that is set, else `cmaclip_fast` in the user's cache folder, which
+    platformdirs finds: `$XDG_CACHE_HOME` or `~/.cache` on Linux, `~/Library/Caches` on macOS, `%LOCALAPPDATA%` on
+    Windows.
     """
     if chosen := os.environ.get("CMACLIP_DATA"):
         return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        caches = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        caches = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "cmaclip_fast"
+    return user_cache_path("cmaclip_fast", appauthor=False, opinion=False)
 
 
 def named(source: str) -> tuple[str, str] | None:
