@@ -115,9 +115,11 @@ class ArtifactConfig(BaseModel):
 
 
 class Metrics(BaseModel):
-    """What is read again of `metrics.json`: for each view of the test rows each task's numbers, and the time spent."""
+    """What is read again of `metrics.json`: for each view of the test rows, and for each baseline, each task's numbers;
+    and the time spent."""
 
     test: dict[str, dict[str, dict[str, Measured]]]
+    baselines: dict[str, dict[str, dict[str, Measured]]] = {}
     seconds: float
 
     @field_validator("test")

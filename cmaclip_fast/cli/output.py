@@ -18,12 +18,14 @@ SHOWN_GROUPS = 100
 
 
 def metrics_table(metrics: dict[str, dict[str, dict[str, float]]], precision: float) -> RichTable:
-    """Per task and view: accuracy, macro-F1 and recall at the target precision."""
+    """Per task and view, or baseline: accuracy, macro-F1 and recall at the target precision."""
     table = RichTable("task", "given", "accuracy", "macro F1", f"recall at {precision:.0%} precision", "rows", box=None)
     for column in table.columns[2:]:
         column.justify = "right"
     for task in next(iter(metrics.values())):
         for view, tasks in metrics.items():
+            if task not in tasks:  # a baseline need not cover all
+                continue
             m = tasks[task]
             numbers = [f"{m[k]:.3f}" for k in ("accuracy", "macro_f1", "recall_at_precision")]
             table.add_row(clipped(task), view, *numbers, f"{m['rows']:.0f}", style="bold" if view == "both" else None)

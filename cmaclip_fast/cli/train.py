@@ -201,5 +201,5 @@ def train(
     except (KeyboardInterrupt, signals.Interrupted) as stop:
         err.print("interrupted: finished epochs are kept; resume with the same command and --resume")
         raise typer.Exit(exit_code(stop)) from None
-    out.print(metrics_table(result.metrics, target_precision))
+    out.print(metrics_table({**result.metrics, **result.baselines}, target_precision))
     out.print(f"report: {result.directory / 'report.html'}", soft_wrap=True)

@@ -15,11 +15,15 @@ from cmaclip_fast.data.classes import encode
 from cmaclip_fast.data.table import Table
 from cmaclip_fast.evaluation.metrics import headline_metrics
 
-MAX_ROWS, MAX_CLASSES = 20_000, 500
-"""The regression is trained on at most so many rows, drawn at random, and left out for tasks of more classes."""
+MAX_ROWS, MAX_PRODUCT = 20_000, 2**19
+"""The regression is trained on at most so many rows, drawn at random, and left out for tasks with more rows times
+classes, which would take minutes."""
 
 Headlines = dict[str, dict[str, float]]
 """Each task's headline numbers (see `TaskMetrics.headline`)."""
+
+
+MAJORITY, TEXT = "majority class", "TF-IDF on the text"
 
 
 def baselines(
@@ -40,7 +44,7 @@ def baselines(
         For each baseline, `majority class` and `TF-IDF on the text`, and each table, the headlines of the tasks that
         it covers; without a text column the second is left out.
     """
-    found: dict[str, dict[str, Headlines]] = {"majority class": {name: {} for name in tables}}
+    found: dict[str, dict[str, Headlines]] = {MAJORITY: {name: {} for name in tables}}
     measured = {
         name: {task: encode(table, task, classes, "ignore")[0] for task, classes in tasks.items()}
         for name, table in tables.items()
@@ -51,12 +55,12 @@ def baselines(
         share = float((labels[labels >= 0] == common).float().mean())
         for name, of in measured.items():
             size = len(of[task])
-            found["majority class"][name][task] = headline_metrics(
+            found[MAJORITY][name][task] = headline_metrics(
                 torch.full((size,), share), torch.full((size,), common), of[task], target_precision
             )
     if train.columns.text is None:
         return found
-    found["TF-IDF on the text"] = {name: {} for name in tables}
+    found[TEXT] = {name: {} for name in tables}
     rows = np.arange(len(train))
     if len(rows) > MAX_ROWS:
         rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MAX_ROWS])
@@ -65,16 +69,30 @@ def baselines(
     for task, classes in tasks.items():
         known = learned[task][rows].numpy()
         labelled = known >= 0
-        if len(classes) > MAX_CLASSES or len(np.unique(known[labelled])) < 2:
+        if len(classes) * labelled.sum() > MAX_PRODUCT or len(np.unique(known[labelled])) < 2:
             continue
         model = LogisticRegression(C=10, max_iter=1000).fit(features.training[labelled], known[labelled])
         for name, values in of_tables.items():
             confidence, best = torch.from_numpy(model.predict_proba(values)).float().max(1)
             predicted = torch.from_numpy(model.classes_)[best]
-            found["TF-IDF on the text"][name][task] = headline_metrics(
-                confidence, predicted, measured[name][task], target_precision
-            )
+            found[TEXT][name][task] = headline_metrics(confidence, predicted, measured[name][task], target_precision)
     return found
+
+
+def below_text(model: Headlines, found: dict[str, dict[str, Headlines]], table: str) -> dict[str, tuple[float, float]]:
+    """The tasks where the model is less accurate than the regression on the text: both accuracies.
+
+    Args:
+        model: the model's headlines on one of the tables.
+        found: what `baselines` gave.
+        table: its name.
+    """
+    simple = found.get(TEXT, {}).get(table, {})
+    return {
+        task: (model[task]["accuracy"], numbers["accuracy"])
+        for task, numbers in simple.items()
+        if numbers["rows"] and model[task]["accuracy"] < numbers["accuracy"]
+    }
 
 
 class _Features:

@@ -49,8 +49,9 @@ def write_page(records: Sequence[Record], output: Path, command: str, target_pre
             if metric == "recall_at_precision":
                 title = f"Recall at {target_precision:.0%} precision"
             table = summary(part, metric)
-            numbers["data"][data][metric] = table
-            lines += [f"### {title}", "", *_table(table), ""]
+            simple = baseline_summary(part, metric)
+            numbers["data"][data][metric] = {**table, **simple}
+            lines += [f"### {title}", "", *_table(table, simple), ""]
         values = by_value(part)
         if values:
             numbers["data"][data]["by"] = values
@@ -117,6 +118,24 @@ def summary(records: Sequence[Record], metric: str) -> dict[str, dict[str, dict[
         }
         for system in systems
     }
+
+
+def baseline_summary(records: Sequence[Record], metric: str) -> dict[str, dict[str, dict[str, float | None]]]:
+    """For each baseline what `summary` gives for a system; a task that it does not cover is None."""
+    first = [r for r in records if r["system"] == records[0]["system"]]
+    tasks = _tasks(records)
+    found: dict[str, dict[str, dict[str, float | None]]] = {}
+    for name in _unique(name for r in first for name in r["baselines"]):
+        means = {
+            task: None
+            if any(task not in r["baselines"][name] for r in first)
+            else float(np.mean([r["baselines"][name][task][metric] for r in first]))
+            for task in tasks
+        }
+        known = [mean for mean in means.values() if mean is not None]
+        means["average"] = float(np.mean(known)) if len(known) == len(tasks) else None
+        found[name] = {column: {"mean": mean, "deviation": None, "p": None} for column, mean in means.items()}
+    return found
 
 
 def welch(one: Sequence[float], other: Sequence[float]) -> float | None:
@@ -227,7 +246,10 @@ def _shown(name: str) -> str:
     return one_line(name).replace("<", "&lt;")
 
 
-def _table(table: dict[str, dict[str, dict[str, float | None]]]) -> list[str]:
+def _table(
+    table: dict[str, dict[str, dict[str, float | None]]],
+    baselines: dict[str, dict[str, dict[str, float | None]]],
+) -> list[str]:
     columns = list(next(iter(table.values())))
     best = {c: max(row[c]["mean"] or 0.0 for row in table.values()) for c in columns}
     lines = [_row(["system", *columns]), _row(["---"] * (len(columns) + 1))]
@@ -240,6 +262,9 @@ def _table(table: dict[str, dict[str, dict[str, float | None]]]) -> list[str]:
             text += "" if cell["deviation"] is None else f" ± {100 * cell['deviation']:.1f}"
             cells.append(text + ("*" if cell["p"] is not None and cell["p"] < SIGNIFICANT else ""))
         lines.append(_row([system, *cells]))
+    for name, row in baselines.items():
+        means = [row[column]["mean"] if column in row else None for column in columns]
+        lines.append(_row([f"baseline: {name}", *("" if mean is None else f"{100 * mean:.1f}" for mean in means)]))
     return lines
 
 

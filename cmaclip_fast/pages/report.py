@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cmaclip_fast.errors import clipped
+from cmaclip_fast.evaluation.baselines import MAJORITY, TEXT
 from cmaclip_fast.pages.charts import (
     confusion_matrix_view,
     precision_curve,
@@ -63,7 +64,8 @@ def _headline(splits: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, 
 
 
 def _modality(split: str) -> str:
-    return "text" if split.endswith("text alone") else "image" if split.endswith("image alone") else "both"
+    ends = {"text alone": "text", "image alone": "image", MAJORITY: "baseline", TEXT: "baseline"}
+    return next((modality for end, modality in ends.items() if split.endswith(end)), "both")
 
 
 def _metrics(metrics: dict[str, float]) -> dict[str, float | None]:

@@ -22,6 +22,7 @@ from cmaclip_fast import signals
 from cmaclip_fast.classifier.artifact import METRICS, load_model, versions
 from cmaclip_fast.classifier.explanation import explain
 from cmaclip_fast.data.check import RowPolicy, check_rows
+from cmaclip_fast.data.classes import class_names
 from cmaclip_fast.data.files import near
 from cmaclip_fast.data.fingerprint import fingerprint
 from cmaclip_fast.data.folds import split_by_folds
@@ -32,6 +33,7 @@ from cmaclip_fast.data.split import split_table
 from cmaclip_fast.data.table import Table
 from cmaclip_fast.data.tokenizer import TrainedTokenizer
 from cmaclip_fast.errors import InputError, listed
+from cmaclip_fast.evaluation.baselines import baselines
 from cmaclip_fast.files import cannot, write_json
 from cmaclip_fast.pages.comparison import NUMBERS, PAGE
 from cmaclip_fast.pages.comparison_pictures import draw_attention
@@ -330,6 +332,7 @@ class _Bench:
     def __init__(self, comparison: Comparison) -> None:
         self._comparison = comparison
         self._splits: dict[tuple[str, int], dict[str, Table]] = {}
+        self._simple: dict[tuple[str, int], dict[str, Any]] = {}
 
     def run(self, run: Run) -> dict[str, Any]:
         fold = run.seed if run.data in self._comparison.folds else 0
@@ -337,9 +340,20 @@ class _Bench:
             self._splits[run.data, fold] = prepare(self._comparison, run.data, fold)
         path = record_path(self._comparison.output, run)
         record = _run(self._comparison, self._splits[run.data, fold], run)
+        record["baselines"] = self._baselines(run.data, fold)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {**record, "settings": self._comparison.settings(run)})
         return record
+
+    def _baselines(self, data: str, fold: int) -> dict[str, Any]:
+        """Each baseline's numbers on the test rows; the same for all seeds that share their rows."""
+        if (data, fold) not in self._simple:
+            splits = self._splits[data, fold]
+            classes = class_names(splits["train"], splits["train"].columns.tasks)
+            target = self._comparison.target_precision
+            found = baselines(splits["train"], {"test": splits["test"]}, classes, target)
+            self._simple[data, fold] = {name: of["test"] for name, of in found.items()}
+        return self._simple[data, fold]
 
 
 def record_path(output: Path, run: Run) -> Path:
@@ -448,6 +462,7 @@ def _run(comparison: Comparison, splits: dict[str, Table], run: Run) -> dict[str
         device=comparison.device,
         splits=splits,
         report=comparison.keep_models,
+        baselines=False,  # the same for all systems: measured once
     )
     quiet = Console(quiet=True)
     try:

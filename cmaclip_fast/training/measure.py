@@ -140,6 +140,8 @@ def report_view(
     """
     right, wrong = gallery_rows(measured.answers)
     names = {"both": "test", "text alone": "test, text alone", "image alone": "test, image alone"}
+    splits = {names[view]: tasks for view, tasks in measured.record["test"].items()}
+    splits |= {f"test, {name}": tasks for name, tasks in measured.record.get("baselines", {}).items()}
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return ReportView(
         title=title,
@@ -149,7 +151,7 @@ def report_view(
             "torch": torch.__version__,
         },
         history=measured.record["history"],
-        splits={names[view]: tasks for view, tasks in measured.record["test"].items()},
+        splits=splits,
         tasks=[_task_view(model, task, m, measured) for task, m in measured.tasks.items()],
         right=explain(model, test.table.select(right), measured.decisions),
         wrong=explain(model, test.table.select(wrong), measured.decisions),

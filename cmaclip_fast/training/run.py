@@ -34,6 +34,7 @@ from cmaclip_fast.data.split import split_table
 from cmaclip_fast.data.table import Table
 from cmaclip_fast.data.tokenizer import Tokenizer, TrainedTokenizer
 from cmaclip_fast.errors import InputError
+from cmaclip_fast.evaluation.baselines import baselines, below_text
 from cmaclip_fast.evaluation.promise import sentences
 from cmaclip_fast.files import cannot, status_of, write_json
 from cmaclip_fast.pages.report import render_report
@@ -72,6 +73,7 @@ class TrainingRun:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         splits: the rows of `table` checked and split already, as `split_table` gives them; None does both.
         report: write `report.html`.
+        baselines: measure the most frequent class and a TF-IDF regression beside the model.
     """
 
     table: Table
@@ -89,6 +91,7 @@ class TrainingRun:
     device: str = "auto"
     splits: dict[str, Table] | None = None
     report: bool = True
+    baselines: bool = True
 
     def config(self) -> TrainingConfig:
         """The training configuration, checked.
@@ -112,11 +115,13 @@ class Result:
     Attributes:
         directory: the artefact.
         metrics: what `metrics.json` holds: for each view of the test rows, each task's headline numbers.
+        baselines: each baseline's, on the test rows.
         seconds: spent in epochs.
     """
 
     directory: Path
     metrics: dict[str, dict[str, dict[str, float]]]
+    baselines: dict[str, dict[str, dict[str, float]]]
     seconds: float
 
 
@@ -199,6 +204,17 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         measured = measure(model, examples, config, run.target_precision, progression, counts)
         _log_decisions(measured)
         measured.decisions.save(work)
+        if run.baselines:
+            of_rows = {split: tables[split] for split in ("validation", "test")}
+            simple = baselines(tables["train"], of_rows, classes, run.target_precision, config.seed)
+            measured.record["baselines"] = {name: of["test"] for name, of in simple.items()}
+            for task, accuracies in below_text(measured.record["validation"], simple, "validation").items():
+                log.warning(
+                    "%s: validation accuracy %.3f, below the %.3f of a TF-IDF regression on the text alone: "
+                    "train longer, with another rate, or from pretrained towers",
+                    task,
+                    *accuracies,
+                )
         write_json(work / METRICS, measured.record)
         columns = DataColumns(
             image=run.table.columns.image,
@@ -224,7 +240,7 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
             render_report(view, work / REPORT)
         log.info("wrote %s", run.output)
         folder.finish(True)
-    return Result(run.output, measured.record["test"], progression.seconds)
+    return Result(run.output, measured.record["test"], measured.record.get("baselines", {}), progression.seconds)
 
 
 def _log_decisions(measured: Measured) -> None:
@@ -285,7 +301,7 @@ def _check_output(run: TrainingRun, folder: WorkingFolder) -> Result | None:
 def _result(directory: Path) -> Result:
     """What `metrics.json` of a finished run says."""
     metrics = load_metrics(directory)
-    return Result(directory, metrics.test, metrics.seconds)
+    return Result(directory, metrics.test, metrics.baselines, metrics.seconds)
 
 
 def _prepare(run: TrainingRun, config: TrainingConfig) -> tuple[dict[str, Table], dict[str, int]]:

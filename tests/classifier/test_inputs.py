@@ -430,15 +430,17 @@ def test_a_table_gives_a_table(folder: Path, tmp_path: Path) -> None:
         [*make_pictures()[:2], None, make_pictures()[2]], ["red dress", None, "blue coat", None]
     )
     assert found.index.equals(frame.index)
-    assert found["colour"].tolist() == [row["colour"].label for row in expected]
+    labels = [None if pd.isna(label) else label for label in found["colour"]]
+    assert labels == [row["colour"].label for row in expected] and set(labels) > {None}
+    assert found["colour_status"].tolist() == [row["colour"].status for row in expected]
     assert found["style/cut_probability"].tolist() == [pytest.approx(row["style/cut"].probability) for row in expected]
-    assert found["colour_top"].iloc[0][0]["label"] == expected[0]["colour"].label
+    assert found["colour_top"].iloc[0][0]["label"] == expected[0]["colour"].top[0][0]
     probabilities = classifier.predict_proba(frame, image_dir=tmp_path)
     assert probabilities.index.equals(frame.index)
     assert probabilities.columns.tolist() == [
         "colour=blue", "colour=green", "colour=red", "style/cut=long", "style/cut=short",
     ]  # fmt: skip
-    assert probabilities.iloc[0][f"colour={expected[0]['colour'].label}"] == pytest.approx(
+    assert probabilities.iloc[0][f"colour={expected[0]['colour'].top[0][0]}"] == pytest.approx(
         expected[0]["colour"].probability
     )
     assert classifier.embed(frame, image_dir=tmp_path).shape == (4, 32)

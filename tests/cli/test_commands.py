@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -256,3 +257,16 @@ def test_a_precision_that_nothing_reaches_is_said(cmaclip: Run, shapes: Path, tm
     thresholds = json.loads((output / "thresholds.json").read_text())
     assert thresholds["shape"]["threshold"] is None and thresholds["shape"]["classes"] == {}
     assert "classes have too few validation rows" in " ".join(done.err.split())
+
+
+def test_train_measures_simple_baselines_and_warns_below_them(cmaclip: Run, shapes: Path, tmp_path: Path) -> None:
+    """The titles of `shapes` name the shape, which two epochs are not enough to learn."""
+    output = tmp_path / "run"
+    done = cmaclip("train", "--data", shapes, *COLUMNS, "--output", output, *QUICK)
+    assert done.code == 0, done.err
+    said = " ".join(done.err.split())
+    assert re.search(r"shape: validation accuracy 0\.\d+, below the \d\.\d+ of a TF-IDF regression", said)
+    found = json.loads((output / "metrics.json").read_text())["baselines"]
+    assert found["TF-IDF on the text"]["shape"]["accuracy"] >= 0.9
+    assert 0.3 <= found["majority class"]["shape"]["accuracy"] <= 0.7
+    assert "TF-IDF on the text" in done.out and "majority class" in (output / "report.html").read_text()

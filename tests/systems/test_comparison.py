@@ -227,6 +227,10 @@ def test_the_page(comparison: Comparison, records: list[dict[str, Any]], tmp_pat
     shown = numbers["data"]["shapes"]["accuracy"]["bert"]["shape"]
     mean = sum(r["test"]["both"]["shape"]["accuracy"] for r in records if r["system"] == "bert") / 2
     assert shown["mean"] == pytest.approx(mean) and f"{100 * mean:.1f}" in page
+    simple = records[0]["baselines"]["TF-IDF on the text"]["shape"]["accuracy"]
+    assert all(r["baselines"] == records[0]["baselines"] for r in records), "the same rows for all"
+    lines = [line for line in page.splitlines() if line.startswith("| baseline: TF-IDF on the text |")]
+    assert len(lines) == 3 and f" {100 * simple:.1f} " in lines[0]
     validation = numbers["data"]["shapes"]["accuracy"]["bert"]["average, validation"]["mean"]
     assert validation == pytest.approx(sum(r["validation"] for r in records if r["system"] == "bert") / 2)
     for picture in ("robustness-shapes.png", "weights-shapes.png"):

@@ -138,7 +138,9 @@ def test_a_timm_tower_by_name_and_with_local_weights(tmp_path: Path) -> None:
     save_decided(tmp_path, read)
     path.unlink()
     picture = Image.new("RGB", (50, 40), "red")
-    assert Classifier.load(tmp_path).predict(picture) == Classifier(read).predict(picture)
+    said = Classifier.load(tmp_path, calibrated=False).predict(picture)
+    made = Classifier(read).predict(picture)
+    assert {task: one.top for task, one in said.items()} == {task: one.top for task, one in made.items()}
 
 
 def test_a_timm_vit_takes_the_size_of_the_pictures() -> None:
