@@ -66,6 +66,10 @@ def train(
     separator: SeparatorOption = " > ",
     model: Annotated[str, typer.Option(help="`tiny`, or an open_clip model name such as ViT-B-32.")] = "tiny",
     pretrained: Annotated[str | None, typer.Option(help="open_clip pretrained tag, or a checkpoint file.")] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", help="Trained model folder to start from: more rows, new classes, other tasks."),
+    ] = None,
     text_tower: TextTowerOption = None,
     image_tower: ImageTowerOption = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Training epochs.")] = None,
@@ -134,6 +138,8 @@ def train(
     Example: `cmaclip train --data dresses.csv --image file --text title --task colour --task style
     --model ViT-B-32 --pretrained laion2b_s34b_b79k --output runs/dresses`
 
+    Example: `cmaclip train --from runs/dresses --data more.csv --task colour --task style --output runs/dresses-2`
+
     Example: `cmaclip train --recipe recipes/upmc-food101.yaml --data upmc-food101:FOLDER --output runs/food`
     """
     from cmaclip_fast.data.named import Taxonomy
@@ -187,6 +193,7 @@ def train(
         system=system,
         model=model,
         pretrained=pretrained,
+        start=start,
         model_options=model_options,
         training_options=training_options,
         split_column=split_column,

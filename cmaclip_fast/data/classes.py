@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -15,13 +15,18 @@ from cmaclip_fast.errors import InputError, clipped
 UNLABELLED = -1
 
 
-def class_names(table: Table, tasks: Sequence[str]) -> dict[str, list[str]]:
-    """The classes that occur in each task, sorted.
+def class_names(
+    table: Table, tasks: Sequence[str], known: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, list[str]]:
+    """The classes of each task: those that are known already, in their order, then those that occur, sorted.
 
     Raises:
         InputError: a task has fewer than two classes.
     """
-    names = {task: sorted({label for label in table.labels(task) if label is not None}) for task in tasks}
+    names = {}
+    for task in tasks:
+        before = list((known or {}).get(task, ()))
+        names[task] = before + sorted({label for label in table.labels(task) if label is not None} - set(before))
     for task, classes in names.items():
         if len(classes) < 2:
             found = f"only the class '{clipped(classes[0])}'" if classes else "no labelled row"

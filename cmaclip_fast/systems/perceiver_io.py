@@ -60,6 +60,7 @@ class PerceiverIO(TwoTowers):
     """
 
     title = "Perceiver IO"
+    per_task = ("queries",)
     Config = PerceiverConfig
 
     def __init__(self, config: Any, *parts: Any) -> None:

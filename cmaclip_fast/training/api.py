@@ -31,6 +31,7 @@ def train(
     model: str = TINY,
     pretrained: str | None = None,
     system: str = "cma-clip",
+    start: str | os.PathLike[str] | None = None,
     image_dir: str | os.PathLike[str] | None = None,
     split_column: str | None = None,
     on_bad_rows: RowPolicy = "error",
@@ -52,6 +53,8 @@ def train(
         model: `tiny`, or an open_clip model name, for the towers.
         pretrained: an open_clip tag or a checkpoint file; None starts from random weights.
         system: `cma-clip`, or another of docs/systems.md.
+        start: a trained folder whose weights the training starts from; its system and model are taken. Its classes
+            stay, new ones are added, and tasks that are not named go.
         image_dir: the folder that relative paths of pictures start from; None is the table's.
         split_column: a column with `train`, `validation` and `test`; None is `split` if there is one, else the rows are
             split at random.
@@ -92,6 +95,7 @@ def train(
         system=system,
         model=model,
         pretrained=pretrained,
+        start=None if start is None else Path(start),
         model_options={name: value for name, value in options.items() if name in model_fields},
         training_options={name: value for name, value in options.items() if name not in model_fields},
         split_column=split_column,

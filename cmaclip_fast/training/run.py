@@ -6,7 +6,7 @@ import contextlib
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from cmaclip_fast.systems.presets import TINY, preset
 from cmaclip_fast.systems.registry import find_system
 from cmaclip_fast.training.checkpoint import Progression
 from cmaclip_fast.training.config import TrainingConfig
+from cmaclip_fast.training.grow import Start, described, grow
 from cmaclip_fast.training.log import log, log_file
 from cmaclip_fast.training.loop import fit, mixed_precision
 from cmaclip_fast.training.measure import Measured, measure, report_view
@@ -67,6 +68,8 @@ class TrainingRun:
         training_options: fields of `TrainingConfig` that differ from the defaults.
         split_column: where there is another than `split`.
         on_bad_rows: what a bad row leads to (see `check_rows`).
+        start: an artefact whose weights, tokenizer and preprocessing the training starts from. System and model are
+            then its own; `classes` grow by those that are new, and tasks that the table lacks go.
         target_precision: of the accepted answers, and for recall at a fixed precision.
         overwrite: replace an existing output folder.
         resume: continue an interrupted run towards `output` from its checkpoint.
@@ -85,6 +88,7 @@ class TrainingRun:
     training_options: dict[str, Any] = field(default_factory=dict)
     split_column: str | None = None
     on_bad_rows: RowPolicy = "error"
+    start: Path | None = None
     target_precision: float = 0.9
     overwrite: bool = False
     resume: bool = False
@@ -132,6 +136,9 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         InputError: bad options or data, found before training begins; an output folder that exists.
     """
     console = console or Console(stderr=True)
+    start = None if run.start is None else Start.read(run.start)
+    if start is not None:
+        run = _started(run, start)
     config = run.config()
     device = choose_device(run.device)
     config = config.model_copy(update={"mixed_precision": mixed_precision(config, device)})
@@ -153,12 +160,18 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
         stack.enter_context(log_file(work / LOG, console))
         started = time.perf_counter()
         tables, counts = _prepare(run, config)
-        classes = class_names(tables["train"], run.table.columns.tasks)
+        known = None if start is None else start.config.tasks
+        classes = class_names(tables["train"], run.table.columns.tasks, known)
         torch.manual_seed(config.seed)
-        tokenizer = _tokenizer(model_options, tables["train"])
-        model = build_system(system, model_options, classes, run.pretrained, tokenizer)
+        if start is None:
+            tokenizer = _tokenizer(model_options, tables["train"])
+            model = build_system(system, model_options, classes, run.pretrained, tokenizer)
+        else:
+            model = grow(start.system, classes)
+            for line in described(start.config.tasks, classes):
+                log.info("from %s: %s", start.directory, line)
         model.taxonomies = run.table.columns.taxonomies
-        folder.same_run(_settings(run, config, model, tables))
+        folder.same_run(_settings(run, config, model, tables) | {"from": None if start is None else start.digest})
         if folder.finished is not None:
             folder.finish(folder.finished)
             return _result(run.output)
@@ -259,6 +272,24 @@ def _log_decisions(measured: Measured) -> None:
         log.info("test rows: %s", sentence)
 
 
+def _started(run: TrainingRun, start: Start) -> TrainingRun:
+    """The run with the system and the model that it starts from.
+
+    Raises:
+        InputError: other ones are asked for.
+    """
+    asked = {
+        "--pretrained": run.pretrained is not None,
+        "--model": run.model not in (TINY, start.config.model["name"]),
+        "--system": run.system not in ("cma-clip", start.config.system),
+    }
+    asked |= {f"option {name}": True for name in run.model_options}
+    for option, given in asked.items():
+        if given:
+            raise InputError(f"{option}: system and model are those of '{start.directory}': leave it out")
+    return replace(run, system=start.config.system, model=start.config.model["name"], model_options=start.config.model)
+
+
 def _check_modalities(run: TrainingRun, system: type[System], config: TrainingConfig) -> None:
     """Whether the table has what the system is to learn from."""
     has = (run.table.columns.text is not None, run.table.columns.image is not None)
@@ -348,6 +379,8 @@ def _settings(run: TrainingRun, config: TrainingConfig, model: System, tables: d
 
 def _weights_digests(run: TrainingRun) -> list[str]:
     """Of the files that the model's towers start from."""
+    if run.start is not None:
+        return []
     text, image = (run.model_options.get(name) for name in ("text_tower", "image_tower"))
     paths = [Path(name) for name in (run.pretrained, str(image).partition(":")[2]) if name]
     if isinstance(text, str | Path) and Path(text).is_dir():
