@@ -2,60 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cmaclip_fast.classifier.engine import Engine
+from cmaclip_fast.classifier.findings import KINDS, Finding
 from cmaclip_fast.classifier.seen import look
 from cmaclip_fast.data.examples import Examples
-from cmaclip_fast.data.table import Table
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation.duplicates import both, conflicts, picture_groups, text_groups, together
 from cmaclip_fast.evaluation.fit import Misfits, disagreement, misfits, weights
 from cmaclip_fast.evaluation.label_errors import UNLABELLED, Judged, check_cleanlab, judge
 from cmaclip_fast.evaluation.next_rows import next_rows
-from cmaclip_fast.files import replacing
-
-KINDS = ("label", "duplicate", "mismatch", "next")
-"""What is looked for: labels that look wrong, near-duplicates with different labels, texts that do not fit their
-pictures, rows most worth labelling next."""
 
 Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something about a row that is worth a look.
-
-    Attributes:
-        kind: one of `KINDS`.
-        task: the task that it is about; None for a mismatch found by the towers' own similarity.
-        row: of the table, counted from 0.
-        score: 0 to 1, higher is more worth a look; comparable within a kind and task alone. Of `label` 1 minus the
-            probability of the given label; of `duplicate` how often the labels of such rows agree, 1 for a row that is the
-            same in text and picture; of `mismatch` how
-            badly text and picture fit; of `next` 1 minus the margin between the two best classes.
-        given, suggested: the label, and the one that the finding speaks for.
-        likely: whether the label is more likely wrong than right: of `label` cleanlab's verdict; None for other kinds.
-        related: of `duplicate`, the other row, counted from 0.
-        note: the reason, in a few words.
-    """
-
-    kind: str
-    task: str | None
-    row: int
-    score: float
-    given: str | None = None
-    suggested: str | None = None
-    likely: bool | None = None
-    related: int | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,7 +58,7 @@ def audit(
         InputError: cleanlab is missing, or nothing can be looked for.
     """
     settings = settings or AuditSettings()
-    if {"label", "duplicate"} & set(settings.kinds):
+    if {"label", "duplicate", "next"} & set(settings.kinds):
         check_cleanlab()
     return _Audit(model, examples, settings, tell, progress).findings()
 
@@ -275,61 +238,3 @@ class _Audit:
             suggested = self._tasks[task][said[number, row]]
             note = "unlabelled" if given is None else "labelled, but uncertain"
             yield Finding("next", task, row, float(most[row]), given, suggested, note=note)
-
-
-def findings_table(findings: Sequence[Finding], table: Table) -> pa.Table:
-    """A row for each finding: `kind`, `task`, `rank` within both, `row` as counted in its file, the key columns,
-    `given`, `suggested`, `score`, `likely`, `related_row`, the key columns of that row under `related_NAME`, `note`.
-
-    Raises:
-        InputError: a key column has the name of another column.
-    """
-    rank: dict[tuple[str, str | None], int] = {}
-    columns: dict[str, list[object]] = {name: [] for name in _SCHEMA.names}
-    for finding in findings:
-        of = finding.kind, finding.task
-        rank[of] = rank.get(of, 0) + 1
-        related = None if finding.related is None else table.row_number(finding.related)
-        told = vars(finding) | {"rank": rank[of], "row": table.row_number(finding.row), "related_row": related}
-        for name, values in columns.items():
-            values.append(told[name])
-    found = pa.table(columns, schema=_SCHEMA)
-    keys = table.key_columns()
-    rows = pa.array([finding.row for finding in findings], pa.int64())
-    others = pa.array([finding.related for finding in findings], pa.int64())
-    named = {name: column.take(rows) for name, column in zip(keys.column_names, keys.columns, strict=True)}
-    named |= {f"related_{name}": keys.column(name).take(others) for name in keys.column_names}
-    written = [*_SCHEMA.names, *(f"related_{name}" for name in keys.column_names)]
-    if taken := sorted(set(keys.column_names) & set(written)) or sorted(set(named) & set(_SCHEMA.names)):
-        raise InputError(f"key column '{taken[0]}' has the name of an output column: choose other --key columns")
-    for name, values in named.items():
-        found = found.append_column(name, values)
-    order = ["kind", "task", "rank", "row", *keys.column_names, "given", "suggested", "score", "likely", "related_row"]
-    return found.select([*order, *(name for name in named if name not in keys.column_names), "note"])
-
-
-_SCHEMA = pa.schema(
-    [
-        pa.field("kind", pa.string()),
-        pa.field("task", pa.string()),
-        pa.field("rank", pa.int32()),
-        pa.field("row", pa.int64()),
-        pa.field("given", pa.string()),
-        pa.field("suggested", pa.string()),
-        pa.field("score", pa.float32()),
-        pa.field("likely", pa.bool_()),
-        pa.field("related_row", pa.int64()),
-        pa.field("note", pa.string()),
-    ]
-)
-
-
-def write_findings(findings: Sequence[Finding], table: Table, path: Path) -> None:
-    """Writes them as Parquet, whole or not at all.
-
-    Raises:
-        InputError: as `findings_table`; the file cannot be written.
-    """
-    found = findings_table(findings, table)
-    with replacing(path) as temporary:
-        pq.write_table(found, temporary)
