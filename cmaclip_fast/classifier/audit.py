@@ -13,7 +13,7 @@ from cmaclip_fast.classifier.seen import look
 from cmaclip_fast.data.examples import Examples
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation.duplicates import both, conflicts, picture_groups, text_groups, together
-from cmaclip_fast.evaluation.fit import Misfits, disagreement, misfits, weights
+from cmaclip_fast.evaluation.fit import Misfits, disagreement, misfits, telling_tasks
 from cmaclip_fast.evaluation.label_errors import UNLABELLED, Judged, check_cleanlab, judge
 from cmaclip_fast.evaluation.next_rows import next_rows
 
@@ -70,8 +70,10 @@ class _Audit:
         self._model, self._examples, self._settings = model, examples, settings
         self._tell = tell
         self._progress = progress or (lambda what, done, total: None)
-        self._tasks = {task: model.tasks[task] for task in examples.labels}
-        self._labels = {task: labels.numpy() for task, labels in examples.labels.items()}
+        # a table without columns of labels is one of unlabelled rows
+        none = {task: np.full(len(examples), UNLABELLED) for task in model.tasks}
+        self._labels = {task: labels.numpy() for task, labels in examples.labels.items()} or none
+        self._tasks = {task: model.tasks[task] for task in self._labels}
 
     def findings(self) -> list[Finding]:
         settings, kinds = self._settings, set(self._settings.kinds)
@@ -184,26 +186,25 @@ class _Audit:
                 return
         own = {task: disagreement(text[rows], image[rows]) for task, (text, image) in seen.alone.items()}
         strange = {task: disagreement(text[other], image[rows]) for task, (text, image) in seen.alone.items()}
-        shares = weights(own, strange)
-        if not shares:
+        telling = telling_tasks(own, strange)
+        if not telling:
             self._tell("text and picture do not say enough of the same task: mismatches are not looked for")
             return
-        weighed = {task: share * own[task] for task, share in shares.items()}
+        own = {task: own[task] for task in telling}
         found = misfits(
-            np.sum(list(weighed.values()), axis=0),
-            np.sum([share * strange[task] for task, share in shares.items()], axis=0),
+            np.max([own[task] for task in telling], axis=0), np.max([strange[task] for task in telling], axis=0)
         )
-        yield from self._by_disagreement(rows, weighed, found)
+        yield from self._by_disagreement(rows, own, found)
 
     def _by_similarity(self, rows: np.ndarray, found: Misfits) -> Iterator[Finding]:
         for place in found.places.tolist():
             score = float(found.scores[place])
             yield Finding("mismatch", None, int(rows[place]), score, note=f"similarity {1 - 2 * score:.2f}")
 
-    def _by_disagreement(self, rows: np.ndarray, weighed: dict[str, np.ndarray], found: Misfits) -> Iterator[Finding]:
+    def _by_disagreement(self, rows: np.ndarray, own: dict[str, np.ndarray], found: Misfits) -> Iterator[Finding]:
         """Each row with the task in which its text and picture disagree most."""
         for place in found.places.tolist():
-            row, task = int(rows[place]), max(weighed, key=lambda task: float(weighed[task][place]))
+            row, task = int(rows[place]), max(own, key=lambda task: float(own[task][place]))
             names = self._model.tasks[task]
             text, image = (names[int(side[row].argmax())] for side in self._seen.alone[task])
             label = int(self._labels[task][row]) if task in self._labels else UNLABELLED

@@ -66,6 +66,19 @@ class Finding:
     note: str = ""
 
 
+def check_keys(table: Table) -> None:
+    """
+    Raises:
+        InputError: a key column has the name of another column of the file.
+    """
+    keys = list(dict.fromkeys(table.columns.keys))
+    related = [f"related_{name}" for name in keys]
+    taken = [name for name in keys if name in {*_SCHEMA.names, *related}]
+    taken += [name for name in keys if f"related_{name}" in _SCHEMA.names]
+    if taken:
+        raise InputError(f"key column '{taken[0]}' has the name of an output column: choose other --key columns")
+
+
 def findings_table(findings: Sequence[Finding], table: Table) -> pa.Table:
     """A row for each finding: `kind`, `task`, `rank` within both, `row` as counted in its file, the key columns,
     `given`, `suggested`, `score`, `likely`, `related_row`, the key columns of that row under `related_NAME`, `note`.
@@ -83,14 +96,12 @@ def findings_table(findings: Sequence[Finding], table: Table) -> pa.Table:
         for name, values in columns.items():
             values.append(told[name])
     found = pa.table(columns, schema=_SCHEMA)
+    check_keys(table)
     keys = table.key_columns()
     rows = pa.array([finding.row for finding in findings], pa.int64())
     others = pa.array([finding.related for finding in findings], pa.int64())
     named = {name: column.take(rows) for name, column in zip(keys.column_names, keys.columns, strict=True)}
     named |= {f"related_{name}": keys.column(name).take(others) for name in keys.column_names}
-    written = [*_SCHEMA.names, *(f"related_{name}" for name in keys.column_names)]
-    if taken := sorted(set(keys.column_names) & set(written)) or sorted(set(named) & set(_SCHEMA.names)):
-        raise InputError(f"key column '{taken[0]}' has the name of an output column: choose other --key columns")
     for name, values in named.items():
         found = found.append_column(name, values)
     order = ["kind", "task", "rank", "row", *keys.column_names, "given", "suggested", "score", "likely", "related_row"]

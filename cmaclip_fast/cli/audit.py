@@ -75,7 +75,7 @@ def audit(
     """
     from cmaclip_fast.classifier.audit import AuditSettings
     from cmaclip_fast.classifier.audit import audit as find
-    from cmaclip_fast.classifier.findings import KINDS, audit_view, write_findings
+    from cmaclip_fast.classifier.findings import KINDS, audit_view, check_keys, write_findings
     from cmaclip_fast.evaluation.label_errors import check_cleanlab
     from cmaclip_fast.files import check_output_file
     from cmaclip_fast.pages.audit import render_audit
@@ -104,6 +104,7 @@ def audit(
         max_image_pixels=max_image_pixels,
     )
     table, counts = checked_rows(source, config)
+    check_keys(table)
     for path in outputs:
         check_output_file(path, overwrite, files_read(directory, table))
     examples = examples_of(model, table, "ignore", task)

@@ -10,17 +10,20 @@ from sklearn.metrics import roc_auc_score
 _TELLS_APART = 0.75
 """The area under the ROC curve, own texts against strangers', from which a similarity is used."""
 
+_LISTED = 0.2
+"""The share of strange pairs that fit better than any pair that is listed, and that a list therefore may miss."""
+
 _SAYS_SOMETHING = 0.55
-"""The same, from which a task counts."""
+"""The area from which a task counts."""
 
 
 @dataclass(frozen=True)
 class Misfits:
-    """Pairs whose text fits no better than the text of another row does.
+    """Pairs whose text fits hardly better than the text of another row does.
 
     Attributes:
         scores: `[M]`, 0 to 1, of each pair; higher fits worse.
-        places: `[K]`, the pairs that fit worse than half of the strange ones, the worst first.
+        places: `[K]`, the pairs that fit worse than a fifth of the strange ones do, the worst first.
         area: under the ROC curve: how well the scores tell pairs from strange ones; 0.5 not at all.
     """
 
@@ -41,7 +44,7 @@ def misfits(own: np.ndarray, strange: np.ndarray) -> Misfits:
     """
     area = float(roc_auc_score(np.repeat([0, 1], [len(own), len(strange)]), np.concatenate([own, strange])))
     order = np.argsort(-own, kind="stable")
-    return Misfits(own, order[own[order] >= np.median(strange)], area)
+    return Misfits(own, order[own[order] >= np.quantile(strange, _LISTED)], area)
 
 
 def disagreement(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -55,15 +58,10 @@ def disagreement(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return ((divergence(one) + divergence(other)) / 2).clip(0, 1)
 
 
-def weights(own: dict[str, np.ndarray], strange: dict[str, np.ndarray]) -> dict[str, float]:
-    """How much each task says of the fit: the area under its ROC curve above 0.5, as a share of all tasks'.
+def telling_tasks(own: dict[str, np.ndarray], strange: dict[str, np.ndarray]) -> list[str]:
+    """The tasks of which text and picture both say enough that their disagreement means something.
 
     Args:
         own, strange: for each task as `misfits`.
-
-    Returns:
-        Only tasks of which text and picture both say something; they sum to 1.
     """
-    areas = {task: misfits(own[task], strange[task]).area for task in own}
-    found = {task: area - 0.5 for task, area in areas.items() if area > _SAYS_SOMETHING}
-    return {task: weight / sum(found.values()) for task, weight in found.items()}
+    return [task for task in own if misfits(own[task], strange[task]).area > _SAYS_SOMETHING]
