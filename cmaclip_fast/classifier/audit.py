@@ -58,7 +58,7 @@ def audit(
         InputError: cleanlab is missing, or nothing can be looked for.
     """
     settings = settings or AuditSettings()
-    if {"label", "duplicate", "next"} & set(settings.kinds):
+    if {"label", "duplicate"} & set(settings.kinds):
         check_cleanlab()
     return _Audit(model, examples, settings, tell, progress).findings()
 
@@ -80,7 +80,9 @@ class _Audit:
         self._seen = look(self._model, self._examples, settings.batch_size, "mismatch" in kinds, self._progress)
         self._text = text_groups(self._examples.table.texts())
         self._picture = picture_groups(self._seen.thumbnails, self._seen.has_picture)
-        self._judged = self._judge() if kinds & {"label", "duplicate", "next"} else {}
+        self._some_unlabelled = any((labels == UNLABELLED).any() for labels in self._labels.values())
+        needed = kinds & {"label", "duplicate"} or ("next" in kinds and not self._some_unlabelled)
+        self._judged = self._judge() if needed else {}
         of_kind: dict[str, Callable[[], Iterator[Finding]]] = {
             "label": self._label,
             "duplicate": self._duplicate,
@@ -217,10 +219,9 @@ class _Audit:
         seen = self._seen
         uncertain = np.full((len(self._tasks), len(self._examples)), -1.0)
         said = np.zeros((len(self._tasks), len(self._examples)), dtype=np.int64)
-        open_rows = any((labels == UNLABELLED).any() for labels in self._labels.values())
         for number, (task, labels) in enumerate(self._labels.items()):
             judged = self._judged.get(task)
-            if open_rows:
+            if self._some_unlabelled:
                 rows = np.flatnonzero(labels == UNLABELLED)
                 uncertain[number, rows], said[number, rows] = 1 - seen.margin[task][rows], seen.predicted[task][rows]
             elif judged is not None:

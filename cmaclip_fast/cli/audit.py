@@ -85,7 +85,7 @@ def audit(
     if page and html == output:
         raise InputError(f"{output}: the page has this name: name a file that ends in .parquet, or pass --no-page")
     kinds = tuple(name for name in KINDS if not kind or name in {one.value for one in kind})
-    if {"label", "duplicate", "next"} & set(kinds):
+    if {"label", "duplicate"} & set(kinds):
         check_cleanlab()
     outputs = [output, html] if page else [output]
     for path in outputs:
