@@ -70,7 +70,14 @@ def main(
         precision = float(flipped.hit[likely].mean()) if likely else 0.0
         flagged = f"{len(likely)}, {flipped.hit[likely].sum() / flipped.hit.sum():.2f}, {precision:.2f}"
         labels.append(
-            [f"{data} `{task}`", int(flipped.able.sum()), int(flipped.hit.sum()), *recalls(found, flipped), flagged]
+            [
+                f"{data} `{task}`",
+                int(flipped.able.sum()),
+                int(flipped.hit.sum()),
+                *recalls(found, flipped),
+                *by_split(found, flipped),
+                flagged,
+            ]
         )
         console.print(as_table(LABELS, labels[-1:]), highlight=False)
     for data, _ in STUDIES:
@@ -141,12 +148,24 @@ def findings(damage: Damage, folder: Path, seed: int, kind: str, tasks: list[str
 
 def recalls(found: list[Finding], damage: Damage) -> list[float]:
     """The share of the damaged rows among the first of the list, which is as long as shares of the rows."""
-    order = [finding.row for finding in sorted(found, key=lambda finding: -finding.score)]
-    return [float(damage.hit[order[: round(share * damage.able.sum())]].sum() / damage.hit.sum()) for share in SHARES]
+    return [recall(found, damage, share, damage.able) for share in SHARES]
+
+
+def by_split(found: list[Finding], damage: Damage) -> list[float]:
+    """The recall in the first 10 % of the list of the rows that were trained on, and of that of all others."""
+    trained = np.array([split == "train" for split in damage.table.splits()])
+    return [recall(found, damage, SHARES[-1], damage.able & part) for part in (trained, ~trained)]
+
+
+def recall(found: list[Finding], damage: Damage, share: float, part: np.ndarray) -> float:
+    """The share of the damaged rows of a part that are among the first of the part's list."""
+    order = [finding.row for finding in sorted(found, key=lambda finding: -finding.score) if part[finding.row]]
+    return float(damage.hit[order[: round(share * part.sum())]].sum() / (damage.hit & part).sum())
 
 
 FIRST = [f"recall in the first {100 * share:g} %" for share in SHARES]
-LABELS = ["data and task", "labelled rows", "flipped", *FIRST, "*likely wrong*: rows, recall, precision"]
+SPLITS = ["training rows, first 10 %", "other rows, first 10 %"]
+LABELS = ["data and task", "labelled rows", "flipped", *FIRST, *SPLITS, "*likely wrong*: rows, recall, precision"]
 TEXTS = ["data", "pairs", "swapped", *FIRST]
 
 

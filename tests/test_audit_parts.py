@@ -70,6 +70,7 @@ def test_pictures_that_are_nearly_the_same() -> None:
     groups = picture_groups(pictures, present)
     assert groups[3] == groups[30] >= 0 and groups[31] == groups[33] >= 0
     assert {int(row) for row in np.flatnonzero(groups >= 0)} == {3, 30, 31, 33}
+    assert (picture_groups(np.zeros((40, 16, 16, 3), dtype=np.uint8), np.ones(40, dtype=bool)) == -1).all()
     assert (picture_groups(pictures, np.zeros(40, dtype=bool)) == -1).all()
 
 

@@ -224,8 +224,10 @@ class _Audit:
             if self._some_unlabelled:
                 rows = np.flatnonzero(labels == UNLABELLED)
                 uncertain[number, rows], said[number, rows] = 1 - seen.margin[task][rows], seen.predicted[task][rows]
-            elif judged is not None:
-                uncertain[number, judged.rows], said[number, judged.rows] = 1 - judged.margin, judged.suggested
+            else:
+                uncertain[number], said[number] = 1 - seen.margin[task], seen.predicted[task]
+                if judged is not None:
+                    uncertain[number, judged.rows], said[number, judged.rows] = 1 - judged.margin, judged.suggested
         if not len(uncertain):
             return
         most = uncertain.max(0)

@@ -26,7 +26,7 @@ _SAME_SHARE = 0.15
 
 _NEIGHBOURS, _COMPONENTS = 16, 16
 _COMMON = 0.02
-"""A text that more of the rows have than this says too little to make them duplicates."""
+"""A text or picture that more of the rows have than this, such as a placeholder, does not make them duplicates."""
 
 _AGREEMENT, _FEW = 0.8, 20
 
@@ -58,9 +58,14 @@ def text_groups(texts: Sequence[str | None]) -> np.ndarray:
         [NOT_GROUPED if text is None else numbers.setdefault(normalised(text), len(numbers)) for text in texts],
         dtype=np.int64,
     )
-    common = max(_COMMON * len(texts), _FEW)
-    sizes = np.bincount(found[found >= 0], minlength=1)
-    return np.where((found >= 0) & (sizes[found] > 1) & (sizes[found] <= common), found, NOT_GROUPED)
+    return _of_use(found)
+
+
+def _of_use(groups: np.ndarray) -> np.ndarray:
+    """The groups of at least two rows, and of few enough."""
+    sizes = np.bincount(groups[groups != NOT_GROUPED], minlength=1)
+    kept = (groups != NOT_GROUPED) & (sizes[groups] > 1) & (sizes[groups] <= max(_COMMON * len(groups), _FEW))
+    return np.where(kept, groups, NOT_GROUPED)
 
 
 def picture_groups(thumbnails: np.ndarray, present: np.ndarray) -> np.ndarray:
@@ -79,7 +84,8 @@ def picture_groups(thumbnails: np.ndarray, present: np.ndarray) -> np.ndarray:
     same = np.where(deviation > 1, np.minimum(_SAME, _SAME_SHARE * deviation), 1.0)  # 1.0: pictures of one colour
     few = min(_COMPONENTS, *pixels.shape)
     # a projection brings rows closer, never apart, so no near one is lost but beyond the number of neighbours
-    projected = PCA(few, random_state=0).fit_transform(pixels)
+    with np.errstate(invalid="ignore"):  # of pictures that are all the same
+        projected = PCA(few, random_state=0).fit_transform(pixels)
     radius = _SAME * np.sqrt(pixels.shape[1])
     _, near = cKDTree(projected).query(projected, k=min(_NEIGHBOURS, len(rows)), distance_upper_bound=radius)
     left, place = np.nonzero(near < len(rows))
@@ -89,8 +95,8 @@ def picture_groups(thumbnails: np.ndarray, present: np.ndarray) -> np.ndarray:
     close = differences <= np.minimum(same[left], same[right])
     links = coo_array((np.ones(close.sum()), (left[close], right[close])), shape=(len(rows), len(rows)))
     _, found = connected_components(links, directed=False)
-    groups[rows] = np.where(np.bincount(found)[found] > 1, found, NOT_GROUPED)
-    return groups
+    groups[rows] = found
+    return _of_use(groups)
 
 
 def together(*groupings: np.ndarray) -> np.ndarray:
