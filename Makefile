@@ -7,6 +7,7 @@
 # make studies  train longer, with damaged texts, with pretrained towers, and in 28 languages, and write docs/tables
 # make imbalance  train with class weights, adjusted logits and balanced sampling, five seeds, and write docs/tables
 # make decisions  train five seeds on two data sets and write how much is accepted at which precision to docs/tables
+# make audit    damage labels and texts on purpose, count what the audit finds of it, and write docs/tables/audit.md
 # make mutants  put faults into the CUDA and Triton kernels, one at a time: each must make a test fail
 # make bench    time the model and the operators on this machine's CPU against what people run today
 # make heads    time the heads of 1 to 1,024 tasks, batched and in a loop, and write docs/tables/heads.md
@@ -36,7 +37,7 @@ AVX2 := CMACLIP_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 O
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
 .PHONY: install demo results emoji towers compare studies tables test test-avx2 test-avx2-all mutants bench heads gpu-kit \
-	gpu lint clean reliability imbalance decisions
+	gpu lint clean reliability imbalance decisions audit
 
 install: $(INSTALLED)
 
@@ -94,6 +95,9 @@ imbalance: emoji
 decisions: emoji
 	$(COMPARE) --data openclipart --data emoji --systems cma-clip --seeds 0,1,2,3,4 --output $(COMPARED)/decisions
 	$(BIN)/python -m benchmarks.decisions $(COMPARED)/decisions docs/tables/decisions.md
+
+audit: emoji
+	$(BIN)/python -m benchmarks.audit --runs $(RUNS) --write docs/tables/audit.md
 
 tables: install
 	$(BIN)/python -m benchmarks.kernel_tables

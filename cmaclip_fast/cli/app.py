@@ -8,6 +8,7 @@ import sys
 import typer
 
 from cmaclip_fast import signals
+from cmaclip_fast.cli.audit import audit
 from cmaclip_fast.cli.bench import bench
 from cmaclip_fast.cli.compare import compare
 from cmaclip_fast.cli.data import data_app
@@ -20,14 +21,14 @@ from cmaclip_fast.cli.train import train
 from cmaclip_fast.errors import InputError, one_line
 
 app = typer.Typer(
-    help="Classify image-text pairs with CMA-CLIP: train, compare, evaluate, predict, explain.",
+    help="Classify image-text pairs with CMA-CLIP: train, compare, evaluate, predict, explain, audit.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 
-for command in (train, evaluate, predict, explain, compare, env, bench):
+for command in (train, evaluate, predict, explain, audit, compare, env, bench):
     app.command()(command)
 app.add_typer(data_app, name="data")
 

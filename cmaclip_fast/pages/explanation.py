@@ -65,7 +65,7 @@ def _example(example: ExampleView, side: int) -> dict[str, Any]:
         "row": example.row,
         "key": clipped(example.key, NAME_LENGTH),
         "text": None if example.text is None else clipped(example.text, TEXT_LENGTH),
-        "picture": None if example.image is None else _picture(example.image, side),
+        "picture": None if example.image is None else picture_uri(example.image, side),
         "aspect": 1.0 if example.image is None else example.image.width / example.image.height,
         "map": None,
         "token": None,
@@ -136,7 +136,8 @@ def _fit(size: tuple[int, int], side: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def _picture(image: Image.Image, side: int) -> str:
+def picture_uri(image: Image.Image, side: int) -> str:
+    """The picture as a `data:` address, no side longer than `side`."""
     if max(image.size) > side:
         image = _flat(image).resize(_fit(image.size, side), Image.Resampling.LANCZOS)
     return _data_uri(_flat(image), quality=85)

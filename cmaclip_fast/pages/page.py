@@ -48,8 +48,9 @@ def _shown(value: Any) -> Any:
     return type(value)(visible(value)) if isinstance(value, str) else value
 
 
-def render_template(template: str, **values: Any) -> str:
-    script = (_TEMPLATES / "_sort.js").read_text(encoding="utf-8")
+def render_template(template: str, scripts: tuple[str, ...] = ("_sort.js",), **values: Any) -> str:
+    """The page of a template; its `script` is the files `scripts`, one after another."""
+    script = "".join((_TEMPLATES / name).read_text(encoding="utf-8") for name in scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _environment().get_template(template).render(script=script, script_digest=digest, **values)
 

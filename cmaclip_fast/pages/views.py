@@ -113,3 +113,40 @@ class ReportView:
     wrong: list[ExampleView] = field(default_factory=list)
     target_precision: float = 0.9
     promises: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RowView:
+    """One row of a table.
+
+    Attributes:
+        row: its number in its file.
+        keys: the values of its key columns.
+        text, image: None where absent.
+    """
+
+    row: int
+    keys: list[str]
+    text: str | None
+    image: Image.Image | None
+
+
+@dataclass
+class AuditRow:
+    """One finding of an audit; see `Finding`.
+
+    Attributes:
+        rank: its place among those of its kind and task, from 1.
+        related: the row that `row` was compared with, or None.
+    """
+
+    kind: str
+    task: str | None
+    rank: int
+    row: RowView
+    score: float
+    given: str | None = None
+    suggested: str | None = None
+    likely: bool | None = None
+    related: RowView | None = None
+    note: str = ""

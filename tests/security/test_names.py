@@ -75,7 +75,8 @@ def test_hostile_names_through_every_command(run: Run, data: Path, tmp_path: Pat
     assert run("predict", model, "--data", data, "--key", KEY, "--output", tmp_path / "labels.parquet")[0] == 0
     assert run("explain", model, "--row", 1, "--key", KEY, "--output", tmp_path / "row.html")[0] == 0
     assert run("data", "show", data, "--text", TEXT, "--task", TASK)[0] == 0
-    for page in (model / "report.html", tmp_path / "row.html"):
+    assert run("audit", model, "--key", KEY, "--output", tmp_path / "found.parquet")[0] == 0
+    for page in (model / "report.html", tmp_path / "row.html", tmp_path / "found.html"):
         content = page.read_text(encoding="utf-8")
         plain(content)
         assert "<script>alert" not in content and "&lt;script&gt;alert" in content
