@@ -54,17 +54,20 @@ def create_app(service: Service, examples: list[schemas.Example] | None = None) 
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
-    if service.settings.token is not None:
-        _document_token(app)
+    _document(app, with_token=service.settings.token is not None)
     routes = frozenset({route.path for route in router.routes if hasattr(route, "path")} | {"/openapi.json"})
     app.add_middleware(Guard, settings=service.settings, metrics=service.metrics, routes=routes)
     return app
 
 
-def _document_token(app: FastAPI) -> None:
+def _document(app: FastAPI, with_token: bool) -> None:
+    """Adds to the OpenAPI document what the endpoints read by themselves: the rows in JSON, and the token."""
     document = app.openapi()
-    document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    document["security"] = [{"token": []}]
+    rows = schemas.Rows.model_json_schema(ref_template="#/components/schemas/{model}")
+    document["components"]["schemas"] |= {**rows.pop("$defs"), "Rows": rows}
+    if with_token:
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"token": []}]
     app.openapi_schema = document
 
 

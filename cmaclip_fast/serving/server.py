@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import h11
 import uvicorn
@@ -20,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.serving.app import create_app
 from cmaclip_fast.serving.examples import read_examples
+from cmaclip_fast.serving.schemas import Example
 from cmaclip_fast.serving.service import Service, load
 from cmaclip_fast.serving.settings import Settings
 
@@ -45,17 +47,22 @@ def serve(
     Raises:
         InputError: the artefact cannot be loaded, or the address cannot be used.
     """
-    listening = listen(settings.host, settings.port)
-    with listening:
-        model = load(directory, device, precision)
+    with listen(settings.host, settings.port) as listening:
+        service = Service(load(directory, device, precision), settings, lambda: load(directory, device, precision))
         examples = read_examples(directory, settings.examples)
         _log_as_json()
-        asyncio.run(
-            _serve(listening, Service(model, settings, lambda: load(directory, device, precision)), examples, tell)
-        )
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        server = make_server(service, examples, lambda: tell(f"serving {service.model.name} at http://{shown}:{port}/"))
+        asyncio.run(server.serve([listening]))
 
 
-async def _serve(listening: socket.socket, service: Service, examples: list[Any], tell: Callable[[str], None]) -> None:
+def make_server(service: Service, examples: list[Example], opened: Callable[[], None] = lambda: None) -> Server:
+    """A server of a service; its `serve` takes the sockets to listen at.
+
+    Args:
+        opened: is called once requests are answered.
+    """
     limits = service.settings.limits
     config = uvicorn.Config(
         create_app(service, examples),
@@ -65,17 +72,13 @@ async def _serve(listening: socket.socket, service: Service, examples: list[Any]
         log_config=None,
         access_log=False,
         server_header=False,
-        # that many clients may be slow without keeping a probe from being answered
+        # so many clients may be slow without keeping a probe from being answered
         limit_concurrency=4 * limits.requests,
         h11_max_incomplete_event_size=_HEADER_BYTES,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=round(limits.drain_seconds),
+        timeout_graceful_shutdown=math.ceil(limits.drain_seconds),
     )
-    host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    await _Server(config, service, lambda: tell(f"serving {service.model.name} at http://{shown}:{port}/")).serve(
-        [listening]
-    )
+    return Server(config, service, opened)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -98,7 +101,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Uvicorn's, whose signals end it without an error: being stopped is how a service ends."""
 
     def __init__(self, config: uvicorn.Config, service: Service, opened: Callable[[], None]) -> None:
@@ -113,6 +116,9 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         loop = asyncio.get_running_loop()
         handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop}
         if hasattr(signal, "SIGHUP"):

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cmaclip_fast.classifier.artifact import CONFIG, WEIGHTS
@@ -36,6 +37,9 @@ Prepared = tuple[Tensor | None, str | None]
 TABLES = 2
 """Uploaded tables that are labelled at a time."""
 
+WARM_ROWS = 32
+"""Rows of the larger of two batches that a model runs when it is loaded: weights are laid out for few and for many."""
+
 log = logging.getLogger(__name__)
 
 
@@ -49,11 +53,15 @@ class Loaded:
 
 
 def load(directory: Path, device: str, precision: str) -> Loaded:
-    """
+    """A model that has answered once, so that its weights are laid out before a client waits for it.
+
     Raises:
         InputError: as `Classifier.load`.
     """
     classifier = Classifier.load(directory, device, precision)
+    side = classifier.preprocessing.size
+    for rows in (1, WARM_ROWS):
+        classifier.predict([torch.zeros(3, side, side, dtype=torch.uint8)] * rows, ["a"] * rows)
     return Loaded(classifier, directory.resolve().name, _version(directory))
 
 
