@@ -51,9 +51,10 @@ def serve(
         from cmaclip_fast.serving.server import serve as run
         from cmaclip_fast.serving.settings import Limits, Settings, is_private, read_token
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in MODULES:
+        package = (error.name or "").partition(".")[0]
+        if package not in MODULES:
             raise
-        raise InputError(f"serve needs {error.name}: pip install 'cmaclip_fast[serve]'") from None
+        raise InputError(f"serve needs {package}: pip install 'cmaclip_fast[serve]'") from None
 
     limits = Limits(
         rows=max_rows,
@@ -72,12 +73,15 @@ def serve(
         examples=examples,
         limits=limits,
     )
+    warnings = []
     if token_file is not None and not is_private(token_file):
-        _warn(f"{token_file}: other users can read it: chmod 600 {token_file}")
+        warnings.append(f"{token_file}: other users can read it: chmod 600 {token_file}")
     if not settings.is_loopback and token_file is None:
-        _warn(f"{host} can be reached from other machines, and no token is asked for: pass --token-file")
-    run(directory, settings, device, precision, lambda address: out.print(address, soft_wrap=True, highlight=False))
+        warnings.append(f"{host} can be reached from other machines, and no token is asked for: pass --token-file")
 
+    def opened(address: str) -> None:
+        for warning in warnings:
+            err.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
+        out.print(address, soft_wrap=True, highlight=False, markup=False)
 
-def _warn(message: str) -> None:
-    err.print(f"warning: {message}", soft_wrap=True, highlight=False, markup=False)
+    run(directory, settings, device, precision, opened)

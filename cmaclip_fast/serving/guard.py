@@ -102,6 +102,8 @@ class Guard:
         """The body; what of it is held is added to the sum of all requests."""
         limits = self._settings.limits
         large = Refused(413, "large_body", f"the body has over {limits.body_bytes:,} bytes: send fewer rows at a time")
+        if "content-length" in headers and "transfer-encoding" in headers:
+            raise Refused(400, "bad_request", "two lengths of one body: send one, as proxies may take either")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > limits.body_bytes:
             raise large

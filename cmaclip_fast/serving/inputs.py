@@ -7,6 +7,7 @@ import re
 
 from fastapi import Request
 from pydantic import ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
@@ -52,6 +53,10 @@ async def read_form(request: Request, files: int, fields: int, field_bytes: int)
     Raises:
         Refused: the form is malformed, or has more files or fields.
     """
+    # the parser drops a part that was cut off, and its row would go unanswered
+    boundary = parse_options_header(request.headers.get("content-type"))[1].get(b"boundary", b"")
+    if not boundary or b"--" + boundary + b"--" not in await request.body():
+        raise Refused(400, "bad_form", "the form is cut off, or has no boundary: send a form as `curl -F` does")
     try:
         return await request.form(max_files=files, max_fields=fields, max_part_size=field_bytes)
     except HTTPException as error:
