@@ -99,13 +99,12 @@ function start() {
     throw new Error(message);
   }
 
-  // A button is busy until its work is done; work that was begun before is given up.
+  // Work that was begun before is given up. The button keeps the focus, so it is marked, not disabled.
   async function busy(button, words, work) {
     if (state.running) state.running.abort();
     const running = new AbortController();
     state.running = running;
     $("problem").hidden = true;
-    button.disabled = true;
     button.setAttribute("aria-busy", "true");
     say(words);
     try {
@@ -113,7 +112,6 @@ function start() {
     } catch (error) {
       if (error.name !== "AbortError") fail(error);
     } finally {
-      button.disabled = false;
       button.removeAttribute("aria-busy");
       if (state.running === running) state.running = null;
     }
