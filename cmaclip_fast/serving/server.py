@@ -71,6 +71,7 @@ def make_server(service: Service, examples: list[Example], opened: Callable[[], 
         lifespan="on",
         log_config=None,
         access_log=False,
+        proxy_headers=False,  # anybody on this machine can write them
         server_header=False,
         # so many clients may be slow without keeping a probe from being answered
         limit_concurrency=4 * limits.requests,

@@ -94,7 +94,7 @@ def _read(
         raise Refused(422, "bad_table", f"table '{clipped(name)}': give a file named .csv, .tsv, .jsonl or .parquet")
     try:
         table = _parquet(content, columns, limits) if FORMATS[suffix] == "parquet" else _text(content, suffix, columns)
-    except (pa.ArrowException, OSError, MemoryError) as error:
+    except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise Refused(422, "bad_table", f"the table cannot be read ({reason}): save it anew") from None
     if len(table) > limits.table_rows:
@@ -119,6 +119,8 @@ def _wanted(there: list[str], columns: dict[str, tuple[str | None, bool]]) -> li
             hint = f"{near(column or '', there)}; columns: {listed(there)}: name another as `{side}_column`"
             raise Refused(422, "bad_table", f"the table has no column '{clipped(column or '')}'{hint}")
     found = [column for column, _ in columns.values() if column is not None and column in there]
+    if twice := [column for column in found if there.count(column) > 1]:
+        raise Refused(422, "bad_table", f"column '{clipped(twice[0])}' is there twice: rename one")
     if not found:
         raise Refused(
             422,
@@ -150,6 +152,7 @@ def _parquet(content: bytes, columns: dict[str, tuple[str | None, bool]], limits
         wanted = _wanted(parquet.schema_arrow.names, columns)
         batches, read = [], 0
         for batch in parquet.iter_batches(_BATCH, columns=wanted) if held <= most else ():
+            batch.validate(full=True)  # a Parquet file may hold any bytes as text
             read += batch.nbytes
             if read > most:
                 break

@@ -54,6 +54,7 @@ UNUSABLE = {
 
 @pytest.mark.parametrize("name", UNUSABLE)
 @pytest.mark.parametrize("kind", ["json", "form"])
+@pytest.mark.tried("request", ends="status 422 that names the row")
 def test_a_picture_that_cannot_be_used_is_named(served: Running, name: str, kind: str) -> None:
     content, code = UNUSABLE[name]
     if kind == "json":
@@ -76,6 +77,7 @@ PATHS = ["/etc/passwd", "file:///etc/passwd", "http://127.0.0.1:1/a.png", "../..
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.tried("request", ends="status 422, nothing opened")
 def test_no_path_or_address_is_opened(served: Running, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*arguments: object, **more: object) -> None:
         raise AssertionError("a path was opened")
@@ -139,6 +141,7 @@ WRONG: dict[str, tuple[dict[str, Any], int, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
+@pytest.mark.tried("request", ends="one line of JSON, and the next request is answered")
 def test_a_wrong_request_gets_one_line_of_json(served: Running, name: str) -> None:
     body, status, code = WRONG[name]
     response = served.client.post("/predict", **body)
@@ -152,6 +155,12 @@ def test_explanations_have_a_limit_of_their_own(served: Running) -> None:
     assert served.client.post("/explain", json={"rows": [{"text": "a"}] * 9}).json()["error"]["code"] == "too_many_rows"
 
 
+def parquet(columns: list[pa.Array], names: list[str]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns, names), buffer)
+    return buffer.getvalue()
+
+
 TABLES: dict[str, tuple[str, bytes, str]] = {
     "another format": ("a.xlsx", b"PK", "give a file named .csv"),
     "no rows": ("a.csv", b"file,title\n", "has no rows"),
@@ -159,12 +168,15 @@ TABLES: dict[str, tuple[str, bytes, str]] = {
     "other columns": ("a.csv", b"x,y\n1,2\n", "image_column"),
     "ragged": ("a.csv", b"file,title\n1,2,3\n", "row 1"),
     "UTF-16": ("a.csv", "file,title\na,b\n".encode("utf-16"), "UTF-8"),
+    "text that is not UTF-8": ("a.parquet", parquet([pa.array([b"\xff"]).view(pa.string())], ["title"]), "UTF8"),
+    "a column twice": ("a.parquet", parquet([pa.array(["a"])] * 2, ["title", "title"]), "is there twice"),
     "damaged": ("a.parquet", b"PAR1" + bytes(100) + b"PAR1", "cannot be read"),
     "too many rows": ("a.csv", b"title\n" + b"a\n" * 10_001, "over the limit of 10,000"),
 }
 
 
 @pytest.mark.parametrize("name", TABLES)
+@pytest.mark.tried("request", ends="status 422, one line of JSON")
 def test_a_table_that_cannot_be_used_is_refused(served: Running, name: str) -> None:
     file, content, said = TABLES[name]
     response = served.client.post("/predict-table", files={"table": (file, content)})
@@ -172,6 +184,7 @@ def test_a_table_that_cannot_be_used_is_refused(served: Running, name: str) -> N
     assert "cmaclip-" not in response.text  # no path of this machine
 
 
+@pytest.mark.tried("request", ends="status 413")
 def test_values_of_a_table_that_repeat_do_not_fill_memory(start: Start) -> None:
     running = start(limits=Limits(body_bytes=2**20))
     buffer = io.BytesIO()
@@ -206,6 +219,13 @@ def head(path: str = "/predict", **fields: object) -> bytes:
     ).encode()
 
 
+def test_a_large_body_within_the_limit_is_taken(served: Running) -> None:
+    content = as_file(Image.new("RGB", (2600, 2600), "red"), "BMP") or b""
+    assert 20 * 2**20 > len(content) > 19 * 2**20
+    assert served.client.post("/predict", files={"image": content}).status_code == 200
+    assert served.client.post("/predict", json={"rows": [{"image": b64(content)}]}).status_code == 200
+
+
 def test_a_body_over_the_limit_is_refused_before_it_is_sent(start: Start) -> None:
     running = start(limits=Limits(body_bytes=1000))
     for length in ("1001", "99999999999999999999"):
@@ -215,12 +235,14 @@ def test_a_body_over_the_limit_is_refused_before_it_is_sent(start: Start) -> Non
         assert talk(running.port, head(Content_Length=length)).startswith(b"HTTP/1.1 400 ")
 
 
+@pytest.mark.tried("request", ends="status 413")
 def test_a_body_without_a_length_is_refused_when_it_passes_the_limit(start: Start) -> None:
     running = start(limits=Limits(body_bytes=1000))
     part = b"1f4\r\n" + b"x" * 500 + b"\r\n"
     assert talk(running.port, head(Transfer_Encoding="chunked") + 3 * part).startswith(b"HTTP/1.1 413 ")
 
 
+@pytest.mark.tried("request", ends="status 429 with Retry-After")
 def test_bodies_together_have_a_limit(start: Start) -> None:
     running = start(limits=Limits(body_bytes=1000, held_bytes=1500))
     with socket.create_connection(("127.0.0.1", running.port)) as slow:
@@ -233,6 +255,7 @@ def test_bodies_together_have_a_limit(start: Start) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /pre", head(Content_Length=100)[:-2]])
+@pytest.mark.tried("request", ends="the connection closed, others answered")
 def test_a_slow_head_is_given_up(start: Start, sent: bytes) -> None:
     running = start(limits=Limits(body_seconds=0.5))
     began = time.monotonic()
@@ -241,6 +264,7 @@ def test_a_slow_head_is_given_up(start: Start, sent: bytes) -> None:
     assert running.client.get("/health").status_code == 200
 
 
+@pytest.mark.tried("request", ends="status 408")
 def test_a_slow_body_is_given_up(start: Start) -> None:
     running = start(limits=Limits(body_seconds=0.5))
     said = talk(running.port, head(Content_Length=100) + b"{")
@@ -257,11 +281,13 @@ def test_a_slow_body_is_given_up(start: Start) -> None:
         b"GET / HTTP/1.1\r\nHost: localhost\r\nA: a\0b\r\n\r\n",
     ],
 )
+@pytest.mark.tried("request", ends="status 400 or 403, others answered")
 def test_what_is_no_http_is_refused(served: Running, sent: bytes) -> None:
     assert talk(served.port, sent).split(b"\r\n")[0].split(b" ")[1] in (b"400", b"403")
     assert served.client.get("/health").status_code == 200
 
 
+@pytest.mark.tried("request", ends="the connection closed, others answered")
 def test_a_large_head_is_refused(served: Running) -> None:
     said = talk(served.port, b"GET / HTTP/1.1\r\nHost: localhost\r\nA: " + b"x" * 2_000_000 + b"\r\n\r\n")
     assert not said or said.startswith(b"HTTP/1.1 400 ")
@@ -271,6 +297,7 @@ def test_a_large_head_is_refused(served: Running) -> None:
 @pytest.mark.parametrize(
     "path", ["/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/..%5c..%5c", "/page/script.js", "/static/", "/docs"]
 )
+@pytest.mark.tried("request", ends="status 404")
 def test_there_are_no_other_paths(served: Running, path: str) -> None:
     said = talk(served.port, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
     assert said.startswith(b"HTTP/1.1 404 ") and b'"not_found"' in said
@@ -342,6 +369,7 @@ def test_a_page_of_another_site_is_refused(served: Running, start: Start) -> Non
     assert behind.client.post("/predict", json=rows, headers=public).status_code == 200
 
 
+@pytest.mark.tried("request", ends="status 500 without details")
 def test_a_failure_inside_says_nothing_of_the_inside(
     served: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -62,6 +62,7 @@ def ended(run: subprocess.Popen[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in err.splitlines()]
 
 
+@pytest.mark.tried("kill or signal", ends="all accepted requests answered, exit code 0")
 def test_sigterm_answers_what_was_accepted(folder: Path) -> None:
     with process(folder, script=SLOW) as (run, address):
         answers: list[int] = []
@@ -87,6 +88,7 @@ def test_sigterm_answers_what_was_accepted(folder: Path) -> None:
     assert [entry["at_once"] for entry in log if entry["event"] == "stopping"] == [False]
 
 
+@pytest.mark.tried("kill or signal", ends="the new artefact, or the old one where it is damaged; exit code 0")
 def test_it_is_reloaded_by_sighup_and_ended_by_sigint(folder: Path, tmp_path: Path) -> None:
     copy, token = Path(shutil.copytree(folder, tmp_path / "copy")), tmp_path / "token"
     token.write_text("0123456789abcdef\n")
