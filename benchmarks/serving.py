@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -92,14 +92,14 @@ def main(
     ]
     bodies = [as_form(pair) for pair in pairs]
     wrong = 0
-    with service(folder) as port:
+    with service(folder) as port, multiprocessing.get_context("spawn").Pool(1) as away:
         work = Work(port, bodies, task, wanted)
         for number in clients:
-            found = clients_of(work, number, seconds)
+            found = away.apply(send_all, (work, number, seconds))
             lines.append(["service", number, found.rate, found.at(50), found.at(99), found.rate / alone.rate])
             wrong += found.wrong
             full = found
-        half = clients_of(work, 2 * clients[-1], seconds, full.rate / 2)
+        half = away.apply(send_all, (work, 2 * clients[-1], seconds, full.rate / 2))
         lines.append(["service, half load", "", half.rate, half.at(50), half.at(99), half.rate / alone.rate])
         wrong += half.wrong
     said = as_table(HEADINGS, lines)
@@ -199,18 +199,8 @@ def as_form(pair: Pair) -> bytes:
     return b"".join(parts)
 
 
-def clients_of(work: Work, number: int, seconds: float, rate: float = 0.0) -> Measured:
-    """What clients in a process of their own see; with a rate requests are sent at fixed times."""
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
-    process = context.Process(target=send_all, args=(results, work, number, seconds, rate))
-    process.start()
-    found: Measured = results.get()
-    process.join()
-    return found
-
-
-def send_all(results: Any, work: Work, number: int, seconds: float, rate: float) -> None:
+def send_all(work: Work, number: int, seconds: float, rate: float = 0.0) -> Measured:
+    """What so many clients see; with a rate requests are sent at fixed times."""
     send_for(Measured(), threading.Lock(), itertools.count(), work, time.perf_counter() + 1.0, 0.0)
     found, lock, turns = Measured(), threading.Lock(), itertools.count()
     began = time.perf_counter()
@@ -222,7 +212,7 @@ def send_all(results: Any, work: Work, number: int, seconds: float, rate: float)
     for thread in threads:
         thread.join()
     found.seconds = time.perf_counter() - began
-    results.put(found)
+    return found
 
 
 def send_for(found: Measured, lock: threading.Lock, turns: Iterator[int], work: Work, end: float, rate: float) -> None:
