@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,7 +17,7 @@ from cmaclip_fast.serving import schemas, tables
 from cmaclip_fast.serving.answers import explanation_of, predictions_of
 from cmaclip_fast.serving.errors import Refused
 from cmaclip_fast.serving.guard import Guard
-from cmaclip_fast.serving.inputs import read_rows
+from cmaclip_fast.serving.inputs import JSON, read_rows
 from cmaclip_fast.serving.metrics import CONTENT_TYPE
 from cmaclip_fast.serving.schemas import ERRORS, body_of_rows, body_of_table
 from cmaclip_fast.serving.service import Service
@@ -112,21 +113,19 @@ async def embed(request: Request) -> schemas.Embeddings:
 )
 async def predict_table(
     request: Request, format: Annotated[Literal["json", "csv", "parquet"], Query()] = "json"
-) -> Any:
+) -> Response:
     """Label the rows of a CSV, TSV, JSONL or Parquet file; a row that cannot be used gets an error of its own."""
     service = _service(request)
     async with service.one_table():
         model = service.model
         upload = await tables.read_upload(request, model, service.settings.limits)
-        found = await tables.label(service, upload, request.is_disconnected)
+        found = await tables.label(service, model, upload, request.is_disconnected)
+    # in a thread, as a large table takes long and probes are to be answered meanwhile
     if format == "json":
-        return schemas.TableRows(rows=tables.as_rows(found))
-    content = tables.as_file(found, model.classifier.tasks, format)
-    return Response(
-        content,
-        media_type=TYPES[format],
-        headers={"Content-Disposition": f'attachment; filename="predictions.{format}"'},
-    )
+        return Response(await asyncio.to_thread(tables.as_json, found), media_type=JSON)
+    content = await asyncio.to_thread(tables.as_file, found, model.classifier.tasks, format)
+    disposition = f'attachment; filename="predictions.{format}"'
+    return Response(content, media_type=TYPES[format], headers={"Content-Disposition": disposition})
 
 
 @router.get("/model", responses={401: ERRORS[401]}, tags=["model"])

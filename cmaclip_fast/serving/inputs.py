@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
 
@@ -33,7 +34,8 @@ async def read_rows(request: Request, limits: Limits, rows: int) -> list[Given]:
     """
     kind = content_type(request)
     if kind == JSON:
-        return _from_json(await request.body(), limits, rows)
+        # in a thread, as large bodies take long
+        return await asyncio.to_thread(_from_json, await request.body(), limits, rows)
     if kind == FORM:
         return await _from_form(request, limits, rows)
     raise unknown_type(kind, (JSON, FORM))

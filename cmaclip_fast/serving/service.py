@@ -155,14 +155,17 @@ class Service:
         self.metrics.rows.labels(kind).inc(len(rows))
         return answers
 
-    async def answer_each(self, kind: str, rows: list[Given]) -> list[Any]:
+    async def answer_each(self, model: Loaded, kind: str, rows: list[Given]) -> list[Any]:
         """As `answer`, with the `Refused` of a row that cannot be used in its place; waits where the queue is full.
+
+        Args:
+            model: of all parts of a table.
 
         Raises:
             Refused: no answer in time.
         """
         until = time.monotonic() + self.settings.limits.seconds
-        model, batcher = self.model, self._running()
+        batcher = self._running()
         found: list[Any] = await self.prepare(model, rows)
         usable = [row for row in found if not isinstance(row, Refused)]
         while usable:

@@ -23,7 +23,7 @@ from cmaclip_fast.errors import InputError, clipped, listed
 from cmaclip_fast.serving.answers import predictions_of
 from cmaclip_fast.serving.errors import Refused
 from cmaclip_fast.serving.inputs import FORM, content_type, read_form, too_many, unknown_type
-from cmaclip_fast.serving.schemas import TableRow
+from cmaclip_fast.serving.schemas import TableRow, TableRows
 from cmaclip_fast.serving.service import Given, Loaded, Service
 from cmaclip_fast.serving.settings import Limits
 
@@ -193,7 +193,7 @@ def _base(name: str) -> str:
     return PureWindowsPath(PurePosixPath(name).name).name
 
 
-async def label(service: Service, upload: Upload, left: Callable[[], Awaitable[bool]]) -> list[Labelled]:
+async def label(service: Service, model: Loaded, upload: Upload, left: Callable[[], Awaitable[bool]]) -> list[Labelled]:
     """The predictions of an uploaded table, a few batches in the queue at a time, so that others are served too.
 
     Args:
@@ -212,7 +212,7 @@ async def label(service: Service, upload: Upload, left: Callable[[], Awaitable[b
         usable: list[Given] = [
             (picture, text) for text, picture in zip(texts, pictures, strict=True) if not isinstance(picture, Refused)
         ]
-        answers = iter(await service.answer_each("predict", usable))
+        answers = iter(await service.answer_each(model, "predict", usable))
         found += [
             Labelled(text, name, picture if isinstance(picture, Refused) else next(answers))
             for text, name, picture in zip(texts, upload.names[chosen], pictures, strict=True)
@@ -220,9 +220,9 @@ async def label(service: Service, upload: Upload, left: Callable[[], Awaitable[b
     return found
 
 
-def as_rows(labelled: list[Labelled]) -> list[TableRow]:
-    """For JSON."""
-    return [
+def as_json(labelled: list[Labelled]) -> str:
+    """`TableRows`, as JSON."""
+    rows = [
         TableRow(
             row=number,
             text=row.text,
@@ -232,6 +232,7 @@ def as_rows(labelled: list[Labelled]) -> list[TableRow]:
         )
         for number, row in enumerate(labelled, 1)
     ]
+    return TableRows(rows=rows).model_dump_json()
 
 
 def as_file(labelled: list[Labelled], tasks: dict[str, list[str]], kind: str) -> bytes:
