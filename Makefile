@@ -11,6 +11,9 @@
 # make mutants  put faults into the CUDA and Triton kernels, one at a time: each must make a test fail
 # make bench    time the model and the operators on this machine's CPU against what people run today
 # make heads    time the heads of 1 to 1,024 tasks, batched and in a loop, and write docs/tables/heads.md
+# make serve    serve the model of `make demo`, with a page, at http://127.0.0.1:8000/
+# make serving  time the service on loopback against `Classifier.predict`, and write docs/tables/serving.md
+# make soak     keep a service under mixed load, some of it hostile, for ten minutes: nothing may be wrong or lost
 # make gpu-kit  write dist/gpu-kit: what proves and times the package on a GPU, on a machine without a network
 # make gpu      run the kit on this machine's GPU and write docs/gpu.md, or say that nothing was run
 # make tables   compile all kernels, count in the emulator, and write docs/tables/kernels.md
@@ -37,7 +40,7 @@ AVX2 := CMACLIP_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 O
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
 .PHONY: install demo results emoji towers compare studies tables test test-avx2 test-avx2-all mutants bench heads gpu-kit \
-	gpu lint clean reliability imbalance decisions audit
+	gpu lint clean reliability imbalance decisions audit serve serving soak
 
 install: $(INSTALLED)
 
@@ -125,6 +128,20 @@ bench: $(PEERS)
 
 heads: install
 	$(BIN)/python -m benchmarks.heads --write docs/tables/heads.md
+
+MODEL ?= $(RUNS)/openclipart-0
+
+serve: install
+	@test -f $(MODEL)/config.json || { echo "$(MODEL): no model: run 'make demo', or pass MODEL=FOLDER"; exit 2; }
+	$(BIN)/cmaclip serve $(MODEL)
+
+serving: install
+	@test -f $(MODEL)/config.json || { echo "$(MODEL): no model: run 'make demo', or pass MODEL=FOLDER"; exit 2; }
+	$(BIN)/python -m benchmarks.serving $(MODEL) --write benchmarks/results/serving.md
+	$(BIN)/python -m benchmarks.page benchmarks/results/serving.md docs/tables/serving.md "The service" "make serving"
+
+soak: install
+	$(BIN)/python -m benchmarks.soak $(MODEL)
 
 # the systems that ours is compared with; no test needs them
 $(PEERS): $(INSTALLED)

@@ -13,6 +13,7 @@ from matplotlib.patches import FancyBboxPatch
 ROOT = Path(__file__).resolve().parents[1]
 ABOUT = {
     "cli": "reads arguments, prints",
+    "serving": "HTTP service and its page",
     "bench": "times the model against its peers",
     "training": "table → artifact; comparison of systems",
     "classifier": "Classifier, engine, artifact, bulk prediction",

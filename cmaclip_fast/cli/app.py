@@ -17,18 +17,19 @@ from cmaclip_fast.cli.evaluate import evaluate
 from cmaclip_fast.cli.explain import explain
 from cmaclip_fast.cli.output import err
 from cmaclip_fast.cli.predict import predict
+from cmaclip_fast.cli.serve import serve
 from cmaclip_fast.cli.train import train
 from cmaclip_fast.errors import InputError, one_line
 
 app = typer.Typer(
-    help="Classify image-text pairs with CMA-CLIP: train, compare, evaluate, predict, explain, audit.",
+    help="Classify image-text pairs with CMA-CLIP: train, compare, evaluate, predict, explain, audit, serve.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 
-for command in (train, evaluate, predict, explain, audit, compare, env, bench):
+for command in (train, evaluate, predict, explain, audit, serve, compare, env, bench):
     app.command()(command)
 app.add_typer(data_app, name="data")
 

@@ -175,7 +175,9 @@ def test_data_commands(cmaclip: Run, shapes: Path) -> None:
     assert shown.code == 0 and "train 64" in shown.out and "3 classes" in shown.out, shown
 
 
-@pytest.mark.parametrize("command", ["env", "train", "evaluate", "predict", "explain", "data list", "data show"])
+@pytest.mark.parametrize(
+    "command", ["env", "train", "evaluate", "predict", "explain", "serve", "data list", "data show"]
+)
 def test_help_shows_an_example(cmaclip: Run, command: str) -> None:
     done = cmaclip(*command.split(), "--help")
     assert done.code == 0 and f"cmaclip {command}" in " ".join(done.out.split())

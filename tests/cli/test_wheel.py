@@ -38,6 +38,7 @@ def test_wheel_holds_the_package_its_data_and_no_package_called_kernels(wheel: P
         "data/openclipart/openclipart.parquet",
         "data/openclipart/README.md",
         "pages/templates/report.html",
+        "serving/page/index.html",
         "bench/configs/cmaclip-small.json",
     ):
         assert f"cmaclip_fast/{wanted}" in names
