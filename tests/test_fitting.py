@@ -12,9 +12,10 @@ from cmaclip_fast.data import TrainedTokenizer
 from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.training.checkpoint import Progression, load_checkpoint, save_checkpoint
 from cmaclip_fast.training.config import TrainingConfig
-from cmaclip_fast.training.loop import _schedule, _side, parameter_groups
+from cmaclip_fast.training.loop import _side
 from cmaclip_fast.training.memory import Meter
 from cmaclip_fast.training.objective import Objective
+from cmaclip_fast.training.schedule import parameter_groups, schedule, tower_factors
 from cmaclip_fast.types import Output
 
 ROWS = 400
@@ -48,7 +49,7 @@ def test_every_parameter_is_in_one_group_with_its_own_rate_and_decay(model: CMAC
 
 
 def test_rate_rises_then_falls_and_starts_anew_after_the_warm_start() -> None:
-    rate = _schedule(TrainingConfig(epochs=10, contrastive_epochs=2, warmup=0.1), steps=10)
+    rate = schedule(TrainingConfig(epochs=10, contrastive_epochs=2, warmup=0.1), steps=10)
     first, second = [rate(step) for step in range(20)], [rate(step) for step in range(20, 120)]
     for part, warm in ((first, 2), (second, 10)):
         assert part[:warm] == sorted(part[:warm]) and max(part) == pytest.approx(1)
@@ -180,3 +181,37 @@ def test_memory_of_a_step_is_seen() -> None:
     block = torch.ones(64 * 2**20, dtype=torch.uint8)
     del block
     assert 60 * 2**20 < meter.peak() - held < 128 * 2**20
+
+
+def test_fusion_and_lower_tower_layers_have_their_own_rates(model: CMACLIP) -> None:
+    config = TrainingConfig(learning_rate=1e-3, fusion_learning_rate=5e-3, tower_learning_rate=1e-4, tower_decay=0.5)
+    found = {id(p): group for group in parameter_groups(model, config) for p in group["params"]}
+    factors = tower_factors(model, 0.5)
+    layers = [name for name in factors if name.startswith("text_tower") and ".resblocks." in name]
+    last = max(int(name.split(".resblocks.")[1].split(".")[0]) for name in layers)
+    for name, parameter in model.named_parameters():
+        group = found[id(parameter)]
+        if name.startswith("sequence_attention"):
+            assert (group["kind"], group["peak"]) == ("fusion", 5e-3)
+        elif name.startswith(("heads", "auxiliary_heads", "modality_attention")):
+            assert (group["kind"], group["peak"]) == ("heads", 1e-3)
+        elif name in factors:
+            assert (group["kind"], group["peak"]) == ("tower", pytest.approx(1e-4 * factors[name]))
+    for name in layers:
+        assert factors[name] == 0.5 ** (last - int(name.split(".resblocks.")[1].split(".")[0])), name
+    assert factors["text_tower.text.token_embedding.weight"] == 0.5 ** (last + 1)
+    assert set(tower_factors(model, 1.0).values()) == {1.0}
+
+
+def test_heads_train_alone_first_and_the_rest_warms_up_after_them() -> None:
+    config = TrainingConfig(epochs=10, contrastive_epochs=1, heads_first=3, warmup=0.1, fusion_warmup=0.5)
+    share = schedule(config, steps=10)
+    assert all(share(step, kind) > 0 for step in range(10) for kind in ("heads", "new", "tower", "fusion"))
+    assert all(share(step, kind) == 0 for step in range(10, 40) for kind in ("new", "tower", "read", "fusion"))
+    assert all(share(step, "heads") > 0 for step in range(10, 110))
+    plain = schedule(TrainingConfig(epochs=10, contrastive_epochs=1, warmup=0.1), steps=10)
+    assert [share(step, "heads") for step in range(110)] == [plain(step) for step in range(110)]
+    assert share(40, "tower") == pytest.approx(plain(40) / 7) and share(46, "tower") == plain(46)
+    assert share(40, "fusion") == pytest.approx(plain(40) / 35) and share(74, "fusion") == plain(74)
+    with pytest.raises(ValueError, match="leaves no epoch"):
+        TrainingConfig(epochs=3, heads_first=3)

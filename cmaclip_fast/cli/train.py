@@ -79,6 +79,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Batch size per device.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of the new layers.")] = None,
     tower_learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of the towers.")] = None,
+    heads_first: Annotated[int | None, typer.Option(min=0, help="First epochs that train the heads alone.")] = None,
     patience: Annotated[
         int | None, typer.Option(min=0, help="Stop after this many epochs without improvement; 0 disables.")
     ] = None,
@@ -184,6 +185,7 @@ def train(
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "tower_learning_rate": tower_learning_rate,
+        "heads_first": heads_first,
         "patience": patience,
     }
     training_options |= {name: value for name, value in given.items() if value is not None}

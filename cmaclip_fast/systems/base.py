@@ -34,6 +34,7 @@ class System(nn.Module):
         title: its name in reports.
         modalities: whether it reads the text, and the image.
         per_task: the names of parameters with a row for each task, beside the heads.
+        fusion: the beginnings of the names of the parameters that fuse the modalities.
         uses_labels: False for a system that learns from pairs alone, by CLIP's contrastive loss.
         config, tasks, preprocessing, tokenizer: as in `CMACLIP`.
         taxonomies: the tasks that are levels of a tree; see `task_probabilities`.
@@ -46,6 +47,7 @@ class System(nn.Module):
     title: ClassVar[str] = ""
     modalities: ClassVar[tuple[bool, bool]] = (True, True)
     per_task: ClassVar[tuple[str, ...]] = ()
+    fusion: ClassVar[tuple[str, ...]] = ()
     uses_labels: ClassVar[bool] = True
 
     config: Any

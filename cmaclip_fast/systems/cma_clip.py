@@ -78,6 +78,7 @@ class CMACLIP(TwoTowers):
 
     Config = CMACLIPConfig
     title = "CMA-CLIP"
+    fusion = ("sequence_attention.",)
     per_task = ("modality_attention.weight", "fusion_gate")
     config: CMACLIPConfig
     heads: TaskHeads

@@ -49,6 +49,7 @@ class CoCa(TwoTowers):
     """
 
     title = "CoCa"
+    fusion = ("decoder.",)
     Config = CoCaConfig
 
     def __init__(self, config: Any, *parts: Any) -> None:

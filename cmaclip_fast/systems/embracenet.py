@@ -34,6 +34,7 @@ class EmbraceNet(TwoTowers):
     """
 
     title = "EmbraceNet"
+    fusion = ("docking.",)
     Config = EmbraceNetConfig
 
     def __init__(self, config: Any, *parts: Any) -> None:

@@ -49,6 +49,7 @@ class KaleidoBERT(TwoTowers):
     """
 
     title = "KaleidoBERT"
+    fusion = ("stream.",)
     Config = KaleidoConfig
 
     def __init__(self, config: Any, *parts: Any) -> None:

@@ -34,6 +34,7 @@ class MMBT(TwoTowers):
     """
 
     title = "MMBT"
+    fusion = ("stream.",)
     Config = MMBTConfig
 
     def __init__(self, config: Any, *parts: Any) -> None:

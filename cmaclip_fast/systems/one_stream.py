@@ -83,6 +83,7 @@ class OneStreamBERT(TwoTowers):
     """
 
     title = "one-stream"
+    fusion = ("stream.",)
     Config = OneStreamConfig
 
     def __init__(self, config: Any, *parts: Any) -> None:

@@ -60,6 +60,7 @@ class PerceiverIO(TwoTowers):
     """
 
     title = "Perceiver IO"
+    fusion = ("encoder.", "process.", "decoder.")
     per_task = ("queries",)
     Config = PerceiverConfig
 

@@ -18,6 +18,11 @@ class TrainingConfig(BaseModel):
         batch_size: rows of a step (on each device).
         learning_rate: peak, for projections, attention and heads.
         tower_learning_rate: peak, for the two towers.
+        fusion_learning_rate: peak, of the layers that fuse the modalities; None is `learning_rate`.
+        fusion_warmup: share of the steps with a rising rate of those layers; None is `warmup`.
+        heads_first: epochs, before all layers train, that train the heads alone, so that towers and fusion are not
+            changed by heads that know nothing yet (LP-FT, arXiv 2202.10054); fewer than `epochs`.
+        tower_decay: factor of a tower layer's rate for each layer above it; 1 trains all layers alike.
         weight_decay: AdamW's, not on norms, biases and embeddings of position, type or class.
         warmup: share of all steps with a rising rate; a cosine follows, down to 1 % of the peak.
         clip_norm: largest norm of the gradient.
@@ -62,6 +67,10 @@ class TrainingConfig(BaseModel):
     learning_rate: float = Field(1e-3, gt=0)
     tower_learning_rate: float = Field(1e-5, ge=0)
     pretrained_learning_rate: float = Field(5e-5, ge=0)
+    fusion_learning_rate: float | None = Field(None, gt=0)
+    fusion_warmup: float | None = Field(None, ge=0, lt=1)
+    heads_first: int = Field(0, ge=0)
+    tower_decay: float = Field(1.0, gt=0, le=1)
     weight_decay: float = Field(0.05, ge=0)
     warmup: float = Field(0.1, ge=0, lt=1)
     clip_norm: float = Field(1.0, gt=0)
@@ -87,6 +96,12 @@ class TrainingConfig(BaseModel):
     class_thresholds: bool = False
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _all_layers_train(self) -> TrainingConfig:
+        if self.heads_first >= self.epochs:
+            raise ValueError(f"heads_first {self.heads_first} leaves no epoch of {self.epochs} for the other layers")
+        return self
 
     @model_validator(mode="after")
     def _one_side_is_left(self) -> TrainingConfig:

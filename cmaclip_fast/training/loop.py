@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from cmaclip_fast import signals
@@ -24,7 +24,6 @@ from cmaclip_fast.nn.tiny import STRIDE
 from cmaclip_fast.progress import rate_bar
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.systems.presets import TINY, preset
-from cmaclip_fast.systems.pretrained import TimmImage
 from cmaclip_fast.training.checkpoint import Progression, load_checkpoint, save_checkpoint
 from cmaclip_fast.training.config import TrainingConfig
 from cmaclip_fast.training.imbalance import class_counts, row_weights
@@ -33,6 +32,7 @@ from cmaclip_fast.training.log import log
 from cmaclip_fast.training.lora import add_adapters, merge_adapters
 from cmaclip_fast.training.memory import Meter
 from cmaclip_fast.training.objective import Objective
+from cmaclip_fast.training.schedule import parameter_groups, schedule
 
 
 def fit(
@@ -100,7 +100,7 @@ def _fit(
 
     steps = math.ceil(len(loading) / config.accumulate)
     stages = config.contrastive_epochs + config.epochs
-    schedule = _schedule(config, steps)
+    share = schedule(config, steps)
     kept = model if average is None else cast(System, average.module)
     with signals.steps(), rate_bar(console, "steps", accelerator.is_local_main_process) as bar:
         task = bar.add_task("training", total=stages * len(loading), completed=progress_state.epoch * len(loading))
@@ -125,7 +125,7 @@ def _fit(
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
                         for group in optimizer.param_groups:
-                            group["lr"] = group["peak"] * schedule(progress_state.step)
+                            group["lr"] = group["peak"] * share(progress_state.step, group["kind"])
                         progress_state.step += 1
                     optimizer.step()
                     optimizer.zero_grad()
@@ -145,7 +145,7 @@ def _fit(
                 "epoch": epoch + 1,
                 "contrastive": float(contrastive),
                 "train_loss": train_loss,
-                "learning_rate": config.learning_rate * schedule(progress_state.step - 1),
+                "learning_rate": config.learning_rate * share(progress_state.step - 1, "heads"),
                 "rows_per_second": len(loading) * config.batch_size * accelerator.num_processes / train_seconds,
                 "waiting_for_data": loading.waited / train_seconds,
             }
@@ -242,62 +242,12 @@ def describe_epoch(record: dict[str, float], stages: int) -> str:
     return "  ".join(parts)
 
 
-def parameter_groups(model: System, config: TrainingConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: towers, other towers with weights of their own, and new layers, with and without weight decay.
-
-    `peak` is the rate after warm-up.
-    """
-    towers = {name for name, _ in model.tower_parameters()}
-    rates = {"new": config.learning_rate, "tower": config.tower_learning_rate, "read": config.pretrained_learning_rate}
-    text, image = model.config.text_tower, model.config.image_tower
-    read: tuple[str, ...] = () if text is None else ("text_tower.text.transformer.",)
-    if isinstance(image, TimmImage) and image.read:
-        read += ("image_tower.visual.trunk.",)
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decays = parameter.ndim > 1 and not name.endswith(
-                ("positional_embedding", "class_embedding", "type_embedding", "cls_emb")
-            )
-            adapter = ".lora_" in name
-            kind = "tower" if name in towers and not adapter else "new"
-            if name.startswith(read) and not adapter:
-                kind = "read"
-            groups.setdefault((kind, decays), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "peak": rates[kind],
-            "lr": 0.0,
-            "weight_decay": config.weight_decay if decays else 0.0,
-        }
-        for (kind, decays), parameters in groups.items()
-    ]
-
-
 def _side(model: System, config: TrainingConfig, epoch: int) -> int | None:
     """Pixels a side of this epoch's training pictures; None is the model's own."""
     epochs = config.contrastive_epochs + config.epochs
     if epoch >= min(int(config.small_epochs * epochs), epochs - 1):
         return None
     return max(1, round(model.preprocessing.size / STRIDE * 2 / 3)) * STRIDE
-
-
-def _schedule(config: TrainingConfig, steps: int) -> Callable[[int], float]:
-    """Share of the peak rate at each step: linear warm-up, then a cosine, again for the tasks after a warm start.
-
-    A function of the step alone, unlike PyTorch's `SequentialLR`, so that a checkpoint holds no state of a scheduler.
-    """
-
-    def share(step: int) -> float:
-        first = config.contrastive_epochs * steps
-        length, position = (first, step) if step < first else (config.epochs * steps, step - first)
-        warm = max(1, int(config.warmup * length))
-        if position < warm:
-            return (position + 1) / warm
-        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (position - warm) / max(1, length - warm)))
-
-    return share
 
 
 def _warm_average(decay: float) -> Callable[[Any, Any, Any], None]:

@@ -19,8 +19,8 @@ from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.nn.modes import evaluation_copy
 from cmaclip_fast.systems.cma_clip import CMACLIPConfig
 from cmaclip_fast.training.config import TrainingConfig
-from cmaclip_fast.training.loop import parameter_groups
 from cmaclip_fast.training.lora import add_adapters, merge_adapters
+from cmaclip_fast.training.schedule import parameter_groups
 
 RANK, SIDE = 3, 32
 TASKS = {"colour": ["blue", "green", "red"]}

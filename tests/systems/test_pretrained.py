@@ -14,7 +14,7 @@ from cmaclip_fast.classifier.artifact import DataColumns, load_model, save_model
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.systems.build import create_system
 from cmaclip_fast.training.config import TrainingConfig
-from cmaclip_fast.training.loop import parameter_groups
+from cmaclip_fast.training.schedule import parameter_groups
 from tests.decided import save_decided
 
 from .conftest import TASKS, make_tokenizer

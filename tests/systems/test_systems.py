@@ -14,8 +14,8 @@ from cmaclip_fast.classifier.artifact import DataColumns, load_model, save_model
 from cmaclip_fast.systems.build import create_system
 from cmaclip_fast.systems.registry import VARIANTS, find_system, systems
 from cmaclip_fast.training.config import TrainingConfig
-from cmaclip_fast.training.loop import parameter_groups
 from cmaclip_fast.training.objective import Objective
+from cmaclip_fast.training.schedule import parameter_groups
 from cmaclip_fast.types import IMAGE, TEXT
 
 from .conftest import NAMES, TASKS, make, make_batch
