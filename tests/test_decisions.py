@@ -130,6 +130,13 @@ def test_a_threshold_accepts_what_is_shown_and_no_more() -> None:
     assert precision_bound(found.right, found.accepted, 0.1) >= 0.9
 
 
+def test_a_wrong_answer_at_the_top_does_not_cost_a_task_that_is_nearly_always_right() -> None:
+    confidence = torch.linspace(1, 0.5, 400)
+    right = torch.arange(400) % 25 != 3  # 96 of 100, and one of the first four is wrong
+    found = choose_threshold(confidence, right, 0.9)
+    assert found.accepted == 400 and found.right == int(right.sum())
+
+
 def test_rows_of_the_same_confidence_are_accepted_together() -> None:
     confidence = torch.cat([torch.full((60,), 0.8), torch.full((60,), 0.4)])
     right = torch.cat([torch.ones(60), torch.zeros(60)]).bool()

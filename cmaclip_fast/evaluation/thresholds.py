@@ -3,8 +3,11 @@
 A threshold is not taken where the precision on the validation rows happens to reach the target, which small samples do
 by luck, but where it is shown to: for each candidate, the one-sided exact lower bound of Clopper and Pearson on the
 precision of the rows at or above it must reach the target. Candidates are tested in a fixed order, from few accepted
-rows to many, and the first that fails ends the search (fixed-sequence testing; Angelopoulos et al., "Learn then Test",
-arXiv 2110.01052, section 3.1), so that with probability `ASSURANCE` the one that is chosen keeps the promise.
+rows to many, so that with probability `ASSURANCE` each one that passes keeps the promise (Angelopoulos et al., "Learn
+then Test", arXiv 2110.01052, section 3.1). Half of the error probability is given to the smallest number of rows that
+can pass, half to the middle of the rows, so that one wrong answer at the top does not cost a task that is nearly always
+right. A test that passes hands what it has on to the next, one that fails loses it (the fallback procedure of Wiens and
+Dmitrienko, 2005).
 """
 
 from __future__ import annotations
@@ -65,21 +68,35 @@ def choose_threshold(confidence: Tensor, right: Tensor, target: float, assurance
     """
     order = confidence.argsort(descending=True)
     scores, hits = confidence[order].numpy(), np.cumsum(right[order].numpy())
-    rows, error = len(scores), 1 - assurance
-    first = rows_needed(target, error)
-    if first > rows:
+    rows = len(scores)
+    starts = _starts(rows, target, 1 - assurance)
+    if not starts:
         return Threshold(None, rows)
     # rows of the same score are accepted together
     whole = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) + 1
+    first = min(starts)
     sizes = np.ceil(first * _GROWTH ** np.arange(math.log(rows / first, _GROWTH) + 2)).clip(max=rows)
-    best = 0
-    for size in np.unique(whole[np.searchsorted(whole, sizes)]).tolist():
-        if precision_bound(hits[size - 1], size, error) < target:
-            break
-        best = size
+    tested = np.unique(whole[np.searchsorted(whole, [*sizes, *starts])])
+    shares = dict(zip(whole[np.searchsorted(whole, [*starts])].tolist(), starts.values(), strict=True))
+    best, error = 0, 0.0
+    for size in tested.tolist():
+        error += shares.get(size, 0.0)
+        if error and precision_bound(hits[size - 1], size, error) >= target:
+            best = size
+        else:
+            error = 0.0
     if not best:
         return Threshold(None, rows)
     return Threshold(float(scores[best - 1]), rows, best, int(hits[best - 1]))
+
+
+def _starts(rows: int, target: float, error: float) -> dict[int, float]:
+    """The numbers of accepted rows at which testing starts, with the error probability of each; none if too few rows."""
+    first, middle = rows_needed(target, error / 2), rows // 2
+    if middle > first:
+        return {first: error / 2, middle: error / 2}
+    first = rows_needed(target, error)
+    return {first: error} if first <= rows else {}
 
 
 def choose_class_thresholds(
