@@ -91,7 +91,7 @@ def choose_threshold(confidence: Tensor, right: Tensor, target: float, assurance
 
 
 def _starts(rows: int, target: float, error: float) -> dict[int, float]:
-    """The numbers of accepted rows at which testing starts, with the error probability of each; none if too few rows."""
+    """The numbers of accepted rows at which testing starts, with the error probability of each; none for few rows."""
     first, middle = rows_needed(target, error / 2), rows // 2
     if middle > first:
         return {first: error / 2, middle: error / 2}
