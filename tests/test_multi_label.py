@@ -102,7 +102,12 @@ def test_the_fingerprint_changes_with_a_list(tmp_path: Path) -> None:
 BAD = {
     "text in JSON": ("jsonl", [["red"], "blue"], {}, r"rows\.jsonl, row 2, column 'tags': 'blue' is not a list"),
     "text alone": ("jsonl", ["red", "blue"], {}, r"rows\.jsonl, row 1, column 'tags': 'red' is not a list"),
-    "a number": ("jsonl", [3, 4], {}, r"row 1, column 'tags': '3' is not a list; write lists, or name what separates"),
+    "a number": (
+        "jsonl",
+        [3, 4],
+        {},
+        r"row 1, column 'tags': '3' is not a list; write lists, or give the --label-separator",
+    ),
     "lists of lists": ("parquet", [[["a"]], [["b"]]], {}, r"column 'tags': holds list.*name another"),
     "objects": ("jsonl", [{"a": 1}, {"a": 2}], {}, r"'tags': .*struct"),
     "a separator that is not there": ("csv", [["red"], ["blue"]], {"label_separator": ";"}, r"no cell holds .*';'"),

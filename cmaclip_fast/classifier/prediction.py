@@ -116,9 +116,9 @@ def _names(chosen: Tensor, scores: Tensor, names: Sequence[str]) -> list[tuple[s
     """For each row the names of the chosen classes `[B, C]`, in the order of their scores."""
     found: list[list[str]] = [[] for _ in range(len(chosen))]
     ranked, order = scores.where(chosen, -1).sort(dim=1, descending=True, stable=True)
-    numbers = order.tolist()
-    for row, rank in (ranked >= 0).nonzero().tolist():
-        found[row].append(names[numbers[row][rank]])
+    rows, ranks = (ranked >= 0).nonzero().unbind(1)
+    for row, number in zip(rows.tolist(), order[rows, ranks].tolist(), strict=True):
+        found[row].append(names[number])
     return [tuple(of_row) for of_row in found]
 
 

@@ -43,7 +43,7 @@ def class_lists(column: pa.ChunkedArray, separator: str | None, na_value: str | 
         first = next(((row, text) for row, text in enumerate(texts) if text is not None), None)
         if first is not None and separator is None:
             row, text = first
-            raise fault(row, f"'{clipped(text)}' is not a list; write lists, or name what separates the classes")
+            raise fault(row, f"'{clipped(text)}' is not a list; write lists, or give the --label-separator of classes")
         cells = [None if text is None else [text] if text == na_value else text.split(separator) for text in texts]
     found: ClassLists = []
     for row, cell in enumerate(cells):

@@ -90,7 +90,11 @@ def read_columns(
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The rows that a trained model is to be run on, as the command line names them."""
+    """The rows that a trained model is to be run on, as the command line names them.
+
+    Of other data than those of training, `tasks` None uses the model's where there are columns for them, and an empty
+    list none.
+    """
 
     data: str | None
     image: str | None
@@ -134,7 +138,7 @@ class Source:
         wanted = known.tasks if again or not self.tasks else self.tasks
         tasks = [task for task in dict.fromkeys(derived.get(task, task) for task in wanted) if task not in levels]
         if not again and not self.tasks:
-            tasks = [task for task in tasks if task in columns]
+            tasks = [task for task in tasks if task in columns and self.tasks is None]
         used = Columns(
             image,
             text,
