@@ -22,7 +22,8 @@ class Batch:
         tokens: `[B, L]` int64, padded on the right; start and end tokens included.
         text_lengths: `[B]` int32, tokens up to and with the end token; the length of an absent text is ignored.
         present: `[B, 2]` bool, whether the text and the image (in this order) exist.
-        labels: for each task `[B]` int64, -1 where the row is unlabelled.
+        labels: for each task `[B]` int64, -1 where the row is unlabelled; of a multi-label task `[B, C_task]` int8, 1
+            where the row has the class, 0 where it has not, and -1 in unlabelled rows.
         rows: `[B]` int64, the row of the table each pair came from, or None.
     """
 

@@ -185,7 +185,7 @@ def test_classes_with_enough_rows_have_their_own_thresholds() -> None:
 
 
 def made(tasks: dict[str, list[str]], taxonomies: Any = ()) -> Any:
-    return SimpleNamespace(tasks=tasks, taxonomies=taxonomies)
+    return SimpleNamespace(tasks=tasks, taxonomies=taxonomies, multi_label=(), applies=())
 
 
 def fitted(per_class: bool = False, target: float = 0.9) -> Decisions:

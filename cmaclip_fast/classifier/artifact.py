@@ -29,6 +29,7 @@ from torch.nn.modules.module import (
 )
 
 import cmaclip_fast
+from cmaclip_fast.data.named import APPLIES, applies_task
 from cmaclip_fast.data.preprocess import ImagePreprocessing
 from cmaclip_fast.data.source import DataColumns, TrainedOn
 from cmaclip_fast.errors import InputError
@@ -102,11 +103,17 @@ class ArtifactConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ArtifactConfig:
-        unknown = sorted(set(self.columns.tasks) - set(self.tasks))
-        if unknown:
-            raise ValueError(f"field 'columns.tasks': '{unknown[0]}' is not among the tasks")
+        for field in ("tasks", "multi_label", "applies"):
+            unknown = sorted(set(getattr(self.columns, field)) - set(self.tasks))
+            if unknown:
+                raise ValueError(f"field 'columns.{field}': '{unknown[0]}' is not among the tasks")
+        for task in self.columns.applies:
+            if self.tasks.get(applies_task(task)) != list(APPLIES) or applies_task(task) in self.columns.multi_label:
+                raise ValueError(f"field 'columns.applies': the task '{applies_task(task)}' is not one of no and yes")
         for taxonomy in self.columns.taxonomies:
             levels = taxonomy.levels_in(self.tasks)
+            if set(levels) & set(self.columns.multi_label):
+                raise ValueError(f"field 'columns.multi_label': '{taxonomy.column}' has levels of one class each")
             if not levels or not taxonomy.separator or taxonomy.levels not in (None, len(levels)):
                 raise ValueError(f"field 'columns.taxonomies': '{taxonomy.column}' does not have the levels it names")
             for level, (above, below) in enumerate(pairwise(levels), 1):
@@ -219,6 +226,7 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu") -> Sys
         raise InputError(said if said.startswith(str(path)) else f"{Path(directory) / CONFIG}: {said}") from None
     model.preprocessing = config.preprocessing
     model.taxonomies = config.columns.taxonomies
+    model.multi_label, model.applies = config.columns.multi_label, config.columns.applies
     try:
         weights = load_file(path)
         model.load_state_dict(weights)

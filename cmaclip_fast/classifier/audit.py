@@ -71,8 +71,13 @@ class _Audit:
         self._tell = tell
         self._progress = progress or (lambda what, done, total: None)
         # a table without columns of labels is one of unlabelled rows
-        none = {task: np.full(len(examples), UNLABELLED) for task in model.tasks}
-        self._labels = {task: labels.numpy() for task, labels in examples.labels.items()} or none
+        none = {task: np.full(len(examples), UNLABELLED) for task in model.tasks if task not in model.multi_label}
+        judged = {task: labels.numpy() for task, labels in examples.labels.items() if task not in model.multi_label}
+        for task in examples.labels.keys() - judged.keys():
+            tell(f"task '{task}': has several labels a row, which are not judged")
+        self._labels = judged or none
+        if not self._labels:
+            raise InputError("the model has only tasks with several labels a row, which the audit does not judge")
         self._tasks = {task: model.tasks[task] for task in self._labels}
 
     def findings(self) -> list[Finding]:

@@ -10,7 +10,7 @@ import re
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,13 +90,14 @@ def predict_table(
     tasks: dict[str, list[str]],
     taxonomies: Sequence[Taxonomy] = (),
     console: Console | None = None,
+    multi_label: Collection[str] = (),
 ) -> dict[str, int]:
     """Labels every row of a table and writes them as Parquet, whole or not at all.
 
     Finished parts are kept in `OUTPUT.partial` until all are, so that an interrupted run can be resumed.
 
     Args:
-        tasks, taxonomies: the model's.
+        tasks, taxonomies, multi_label: the model's.
         console: for the progress bar.
 
     Returns:
@@ -110,7 +111,7 @@ def predict_table(
     keys = table.key_columns()
     if not keys.column_names:
         keys = pa.table({"row": [table.row_number(i) for i in range(len(table))]})
-    taken = set(keys.column_names) & set(output_schema(pa.schema([]), tasks, taxonomies).names)
+    taken = set(keys.column_names) & set(output_schema(pa.schema([]), tasks, taxonomies, multi_label).names)
     if taken:
         raise InputError(
             f"key column '{sorted(taken)[0]}' has the name of an output column: choose other --key columns"
@@ -124,7 +125,7 @@ def predict_table(
             folder.same_run(_settings(bulk))
             counts = folder.finished
             if counts is None:
-                parts = _Parts(bulk, folder.path, keys, output_schema(keys.schema, tasks, taxonomies))
+                parts = _Parts(bulk, folder.path, keys, output_schema(keys.schema, tasks, taxonomies, multi_label))
                 console = console or Console(stderr=True)
                 missing = parts.missing(console)
                 try:

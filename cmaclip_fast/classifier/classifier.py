@@ -146,13 +146,14 @@ class Classifier:
 
     def read(self, output: Output) -> list[dict[str, Prediction]]:
         """The predictions of each row of a batch, from the engine's output for it."""
-        return read_output(output, self.tasks, self.system.taxonomies, self.decisions, self.calibrated)
+        system = self.system
+        return read_output(output, self.tasks, system.taxonomies, self.decisions, self.calibrated, system.multi_label)
 
     def probabilities(self, output: Output) -> dict[str, Tensor]:
         """The probabilities of all classes, `[B, C_task]` float32 for each task, from the engine's output."""
         if self.decisions is not None and self.calibrated:
             return self.decisions.probabilities(output.logits)
-        return task_probabilities(output.logits, self.tasks, self.system.taxonomies)
+        return task_probabilities(output.logits, self.tasks, self.system.taxonomies, self.system.multi_label)
 
     def predict(
         self,
@@ -184,8 +185,9 @@ class Classifier:
             and modality weights. For one pair that dict; for a sequence or a data set a list of them; for an iterator,
             as `images`, `texts` or both, an iterator of them, which reads up to two batches ahead. For a DataFrame a
             DataFrame with its index and the columns that `cmaclip predict` writes: for each task `TASK` (missing where
-            the answer is not accepted), `TASK_status`, `TASK_probability`, `TASK_top`, `TASK_text_weight` and
-            `TASK_image_weight`, and for each taxonomy its column with the path down to the lowest accepted level.
+            the answer is not accepted; a list of a multi-label task), `TASK_status`, `TASK_probability`, `TASK_top`,
+            `TASK_text_weight` and `TASK_image_weight`, and for each taxonomy its column with the path down to the
+            lowest accepted level.
 
         Raises:
             InputError: unequal numbers of images and texts, a pair with neither, a picture that cannot be read, a
@@ -200,7 +202,7 @@ class Classifier:
         if pairs.form != "frame":
             return answers
         taxonomies = self.system.taxonomies
-        schema = output_schema(pa.schema([]), self.tasks, taxonomies)
+        schema = output_schema(pa.schema([]), self.tasks, taxonomies, self.system.multi_label)
         frame = pa.Table.from_pylist([flatten(row, taxonomies) for row in answers], schema=schema).to_pandas()
         frame.index = pairs.index
         return frame

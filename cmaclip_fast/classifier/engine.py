@@ -69,7 +69,7 @@ class Engine:
     yet.
 
     Attributes:
-        tasks, taxonomies, preprocessing, tokenizer: as in `System`.
+        tasks, taxonomies, multi_label, applies, preprocessing, tokenizer: as in `System`.
         device, dtype: of its weights.
     """
 
@@ -90,6 +90,7 @@ class Engine:
             InputError: an unknown device or precision.
         """
         self.tasks, self.taxonomies = system.tasks, system.taxonomies
+        self.multi_label, self.applies = system.multi_label, system.applies
         self.preprocessing, self.tokenizer = system.preprocessing, system.tokenizer
         self._system = system
         self._wanted, self._precision, self._with_graphs = device, precision, graphs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 from torch import Tensor
@@ -33,7 +35,8 @@ def explain(model: System | Engine, table: Table, decisions: Decisions | None = 
     device = next(system.parameters()).device
     views: list[ExampleView] = []
     for batch, output in run(model, examples, 32, device, with_attention=True):
-        for index, predictions in enumerate(read_output(output, system.tasks, system.taxonomies, decisions)):
+        read = read_output(output, system.tasks, system.taxonomies, decisions, multi_label=system.multi_label)
+        for index, predictions in enumerate(read):
             row = len(views)
             picture, text = _seen(system, table, row), table.text(row)
             view = row_view(system, batch, output, index, predictions, picture, text)
@@ -62,7 +65,7 @@ def row_view(
         index: of the row in the batch.
         picture: as the image tower sees it, which is what the patches cover.
     """
-    labels = {task: int(values[index]) for task, values in batch.labels.items()}
+    labels = {task: _label_text(values[index], model.tasks[task]) for task, values in batch.labels.items()}
     attention = output.attention
     view = ExampleView(
         row=index + 1,
@@ -71,8 +74,8 @@ def row_view(
         text=text,
         predictions={
             task: PredictionView(
-                label=model.tasks[task][labels[task]] if labels.get(task, -1) >= 0 else None,
-                predicted=said.top[0][0],
+                label=labels.get(task),
+                predicted=said.top[0][0] if said.likely is None else _joined(said.likely),
                 status=said.status,
                 probability=said.probability,
                 top=list(said.top),
@@ -99,6 +102,17 @@ def row_view(
         if count and len(view.tokens) == count:
             view.token_to_patch = np.stack([_map(weights[token, count + 1 :], grid) for token in range(count)])
     return view
+
+
+def _label_text(label: Tensor, names: Sequence[str]) -> str | None:
+    """The class of a row, or its classes; None where it is unlabelled."""
+    if label.ndim:
+        return _joined([names[n] for n in (label == 1).nonzero().flatten().tolist()]) if (label >= 0).any() else None
+    return names[int(label)] if label >= 0 else None
+
+
+def _joined(names: Sequence[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
 
 
 def _seen(model: System, table: Table, row: int) -> Image.Image | None:

@@ -113,7 +113,8 @@ class Labeller:
         self._classifier = Classifier.load(model, placed, min_precision=min_precision)
         self._engine = self._classifier.engine
         self.profile = Profile(loading=time.perf_counter() - started)
-        self._schema = output_schema(pa.schema([]), self._engine.tasks, self._engine.taxonomies)
+        engine = self._engine
+        self._schema = output_schema(pa.schema([]), engine.tasks, engine.taxonomies, engine.multi_label)
 
     def label(self, start: int, stop: int) -> Part:
         """The predictions of the rows `start` to `stop`.

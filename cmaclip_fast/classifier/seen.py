@@ -117,13 +117,15 @@ def _alone(
     model: Engine, examples: Examples, batch_size: int, progress: Callable[[str, int, int], None]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     sides: list[dict[str, np.ndarray]] = []
+    tasks = [task for task in model.tasks if task not in model.multi_label]
     for view in ("text alone", "image alone"):
-        parts: dict[str, list[Tensor]] = {task: [] for task in model.tasks}
+        parts: dict[str, list[Tensor]] = {task: [] for task in tasks}
         done = 0
         for batch, output in run(model, examples, batch_size, model.device, view):
-            for task, values in task_probabilities(output.logits, model.tasks, model.taxonomies).items():
-                parts[task].append(values.half().cpu())
+            found = task_probabilities(output.logits, model.tasks, model.taxonomies)
+            for task in tasks:
+                parts[task].append(found[task].half().cpu())
             done += len(batch)
             progress(f"looking at the {view}", done, len(examples))
         sides.append({task: torch.cat(values).numpy() for task, values in parts.items()})
-    return {task: (sides[0][task], sides[1][task]) for task in model.tasks}
+    return {task: (sides[0][task], sides[1][task]) for task in tasks}

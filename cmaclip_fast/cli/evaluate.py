@@ -15,6 +15,7 @@ from cmaclip_fast.cli.options import (
     DeviceOption,
     ImageDirOption,
     ImageOption,
+    LabelSeparatorOption,
     MinPrecisionOption,
     ModelArgument,
     PixelsOption,
@@ -23,7 +24,15 @@ from cmaclip_fast.cli.options import (
     TextOption,
     device_name,
 )
-from cmaclip_fast.cli.output import decisions_table, err, groups_table, hierarchies_table, metrics_table, out
+from cmaclip_fast.cli.output import (
+    absence_table,
+    decisions_table,
+    err,
+    groups_table,
+    hierarchies_table,
+    metrics_table,
+    out,
+)
 from cmaclip_fast.cli.trained import checked_rows, examples_of, files_read, load
 from cmaclip_fast.data.source import Source
 from cmaclip_fast.errors import InputError, listed
@@ -44,6 +53,7 @@ def evaluate(
     image: ImageOption = None,
     text: TextOption = None,
     task: TaskOption = None,
+    label_separator: LabelSeparatorOption = None,
     min_precision: MinPrecisionOption = None,
     ignore_unknown: Annotated[
         bool, typer.Option("--ignore-unknown-classes", help="Ignore rows whose class the model does not know.")
@@ -82,6 +92,7 @@ def evaluate(
         split_column=split_column,
         on_bad_rows=on_bad_rows.value,
         max_image_pixels=max_image_pixels,
+        label_separator=label_separator,
     )
     table, counts = checked_rows(source, config)
     if json_file is not None:
@@ -104,6 +115,7 @@ def evaluate(
         if view == "both":
             told["decisions"] = {task: kept.record() for task, kept in decisions.promises(answers).items()}
             told["calibration"] = answers.calibration_errors()
+            told["not_applicable"] = answers.not_applicable(model.applies)
             told["hierarchies"] = decisions.hierarchies(answers)
         headlines[view] = answers.headlines(precision)
         for group, part in ({} if by is None else answers.by_value(examples.table.labels(by))).items():
@@ -115,6 +127,8 @@ def evaluate(
         write_json(json_file, record | ({} if by is None else {"by": {by: groups}}))
     out.print(metrics_table(headlines, precision))
     out.print(decisions_table(told["decisions"], told["calibration"]))
+    if told["not_applicable"]:
+        out.print(absence_table(told["not_applicable"]))
     if told["hierarchies"]:
         out.print(hierarchies_table(told["hierarchies"]))
     if by is not None:

@@ -13,6 +13,7 @@ from cmaclip_fast.cli.options import (
     ImageDirOption,
     ImageOption,
     KeyOption,
+    LabelSeparatorOption,
     ModelArgument,
     PixelsOption,
     SplitColumnOption,
@@ -33,6 +34,7 @@ def explain(
     image: ImageOption = None,
     text: TextOption = None,
     task: TaskOption = None,
+    label_separator: LabelSeparatorOption = None,
     key: KeyOption = None,
     split: Annotated[str, typer.Option(help="Split to use; `all` for every row.")] = "test",
     image_dir: ImageDirOption = None,
@@ -63,6 +65,7 @@ def explain(
         split_column=split_column,
         on_bad_rows="error",
         max_image_pixels=max_image_pixels,
+        label_separator=label_separator,
     )
     table = chosen_rows(source, config)
     check_output_file(output, overwrite, files_read(directory, table))

@@ -55,6 +55,15 @@ TaxonomyOption = Annotated[
 
 SeparatorOption = Annotated[str, typer.Option(help="Separator in the paths of --taxonomy.")]
 
+MultiLabelOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Column with any number of labels a row: lists (JSONL, Parquet), or text. Repeatable."),
+]
+
+LabelSeparatorOption = Annotated[
+    str | None, typer.Option(help="Separator of the labels in a --multi-label column of text, such as `|`.")
+]
+
 KeyOption = Annotated[list[str] | None, typer.Option(help="Column that identifies a row. Repeatable.")]
 
 ImageDirOption = Annotated[

@@ -18,16 +18,24 @@ SHOWN_GROUPS = 100
 
 
 def metrics_table(metrics: dict[str, dict[str, dict[str, float]]], precision: float) -> RichTable:
-    """Per task and view, or baseline: accuracy, macro-F1 and recall at the target precision."""
-    table = RichTable("task", "given", "accuracy", "macro F1", f"recall at {precision:.0%} precision", "rows", box=None)
+    """Per task and view or baseline: accuracy, macro-F1, recall at the target precision; of multi-label tasks two more."""
+    first = next(iter(metrics.values()))
+    names = {
+        "accuracy": "accuracy",
+        "macro_f1": "macro F1",
+        "recall_at_precision": f"recall at {precision:.0%} precision",
+    }
+    if any("mean_average_precision" in m for m in first.values()):
+        names |= {"micro_f1": "micro F1", "mean_average_precision": "mean average precision"}
+    table = RichTable("task", "given", *names.values(), "rows", box=None)
     for column in table.columns[2:]:
         column.justify = "right"
-    for task in next(iter(metrics.values())):
+    for task in first:
         for view, tasks in metrics.items():
             if task not in tasks:  # a baseline need not cover all
                 continue
             m = tasks[task]
-            numbers = [f"{m[k]:.3f}" for k in ("accuracy", "macro_f1", "recall_at_precision")]
+            numbers = [f"{m[k]:.3f}" if k in m else "-" for k in names]
             table.add_row(clipped(task), view, *numbers, f"{m['rows']:.0f}", style="bold" if view == "both" else None)
     return table
 
@@ -48,6 +56,17 @@ def decisions_table(decisions: dict[str, dict[str, Any]], errors: dict[str, floa
             f"{errors[task]:.3f}".replace("nan", "-"),
             found["verdict"],
         )
+    return table
+
+
+def absence_table(found: dict[str, dict[str, float]]) -> RichTable:
+    """Per task that may not apply: precision and recall of that it does not, and the rows it does not apply to."""
+    table = RichTable("not applicable", "precision", "recall", "rows", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for task, m in found.items():
+        shares = [f"{m[name]:.3f}".replace("nan", "-") for name in ("precision", "recall")]
+        table.add_row(clipped(task), *shares, f"{m['rows']:.0f}")
     return table
 
 

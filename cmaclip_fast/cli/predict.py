@@ -102,7 +102,7 @@ def predict(
         min_precision=min_precision,
     )
     try:
-        counts = predict_table(bulk, config.tasks, config.columns.taxonomies, err)
+        counts = predict_table(bulk, config.tasks, config.columns.taxonomies, err, config.columns.multi_label)
     except (KeyboardInterrupt, signals.Interrupted) as stop:
         err.print("interrupted: labelled rows are kept; resume with the same command and --resume")
         raise typer.Exit(exit_code(stop)) from None

@@ -18,6 +18,8 @@ from cmaclip_fast.cli.options import (
     ImageOption,
     ImageTowerOption,
     KeyOption,
+    LabelSeparatorOption,
+    MultiLabelOption,
     PixelsOption,
     SeparatorOption,
     SplitColumnOption,
@@ -64,6 +66,12 @@ def train(
     ] = "cma-clip",
     taxonomy: TaxonomyOption = None,
     separator: SeparatorOption = " > ",
+    multi_label: MultiLabelOption = None,
+    label_separator: LabelSeparatorOption = None,
+    na_value: Annotated[
+        str | None,
+        typer.Option(help="Label that means the task does not apply to the row, as an empty list does; learned apart."),
+    ] = None,
     model: Annotated[str, typer.Option(help="`tiny`, or an open_clip model name such as ViT-B-32.")] = "tiny",
     pretrained: Annotated[str | None, typer.Option(help="open_clip pretrained tag, or a checkpoint file.")] = None,
     start: Annotated[
@@ -161,6 +169,9 @@ def train(
         max_image_pixels=max_image_pixels,
         split_column=split_column,
         taxonomies=taxonomies,
+        multi_label=tuple(multi_label or ()),
+        label_separator=label_separator,
+        na_value=na_value,
     )
     model_options, training_options = parse_options(option or [], [system])
     if not sequence_attention:

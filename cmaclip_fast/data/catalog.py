@@ -52,7 +52,9 @@ def describe(name_or_table: str | Table, examples: int = 5) -> Description:
     table = read_table(name_or_table) if isinstance(name_or_table, str) else name_or_table
     columns, texts = table.columns, table.texts()
     found = NAMED.get((named(table.name) or ("",))[0])
-    labels = {task: table.labels(task) for task in columns.tasks}
+    labels: dict[str, list[Any]] = {
+        task: table.label_lists(task) if task in columns.multi_label else table.labels(task) for task in columns.tasks
+    }
     absent = {task: labels[task].count(None) for task in columns.tasks}
     if columns.text is not None:
         absent["text"] = texts.count(None)
@@ -63,7 +65,7 @@ def describe(name_or_table: str | Table, examples: int = 5) -> Description:
         columns=columns,
         column_names=table.column_names,
         rows=_rows(table),
-        classes={task: dict(Counter(filter(None, values)).most_common()) for task, values in labels.items()},
+        classes={task: _classes(values) for task, values in labels.items()},
         absent=absent,
         text_words=_words([text for text in texts if text is not None]),
         licence=found.licence if found else None,
@@ -73,6 +75,11 @@ def describe(name_or_table: str | Table, examples: int = 5) -> Description:
             for row in range(min(examples, len(table)))
         ],
     )
+
+
+def _classes(labels: list[Any]) -> dict[str, int]:
+    names = (name for label in labels if label for name in (label if isinstance(label, list) else [label]))
+    return dict(Counter(names).most_common())
 
 
 def _without_header(card: str) -> str:

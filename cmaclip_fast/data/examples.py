@@ -81,7 +81,7 @@ class Examples(Dataset[Batch]):
 
     @property
     def labels(self) -> dict[str, Tensor]:
-        """For each task `[N]` int64, the class of each row, -1 where it is unlabelled."""
+        """For each task what `encode` gives: `[N]` int64, or of a multi-label task `[N, C_task]` int8."""
         return self._labels
 
     def set_epoch(self, epoch: int) -> None:

@@ -399,14 +399,24 @@ def _json_array(values: list[Any], file: Path, name: str) -> tuple[pa.Array, str
                 return pa.array(values, kind), None
             except (ValueError, TypeError, OverflowError, pa.ArrowException):
                 continue
+    held = "whole numbers beyond 64 bits" if kinds == {int} else " and ".join(sorted(_JSON_KINDS[k] for k in kinds))
+    if kinds == {list} and not any(isinstance(item, list | dict) for value in values for item in value or ()):
+        texts = [None if value is None else [as_text(item) for item in value] for value in values]
+        return pa.array(texts, pa.list_(pa.string())), None
     if nested:  # of several shapes: nothing can use such a column, and its type says so
         lists = [None if value is None else [json.dumps(value)] for value in values]
-        return pa.array(lists, pa.list_(pa.string())), None
-    held = "whole numbers beyond 64 bits" if kinds == {int} else " and ".join(sorted(_JSON_KINDS[k] for k in kinds))
+        return pa.array(lists, pa.list_(pa.string())), held
     return _text_array([as_text(value) for value in values], file, name, 1), held
 
 
-_JSON_KINDS = {str: "text", bool: "true or false", int: "whole numbers", float: "numbers"}
+_JSON_KINDS = {
+    str: "text",
+    bool: "true or false",
+    int: "whole numbers",
+    float: "numbers",
+    list: "lists",
+    dict: "objects",
+}
 
 
 def _lines(stream: Iterable[str], file: Path) -> Iterator[str]:

@@ -30,7 +30,10 @@ def fingerprint(table: Table, with_files: bool = True) -> dict[str, Any]:
         "columns": asdict(table.columns),
         "image_dir": None if table.image_dir is None else os.path.abspath(table.image_dir),
         "texts": digest(table.texts()),
-        "labels": {task: digest(table.labels(task)) for task in table.columns.tasks},
+        "labels": {
+            task: digest(table.label_lists(task) if task in table.columns.multi_label else table.labels(task))
+            for task in table.columns.tasks
+        },
         "keys": [str(keys.schema.types), *(digest(column.to_pylist()) for column in keys.columns)],
         "pictures": picture_digest(table, 0, len(table), with_files),
     }

@@ -58,6 +58,11 @@ class Columns:
         keys: columns that identify a row; they are carried through to predictions unread.
         split: the column that says which split a row belongs to; `split` is used where there is such a column.
         taxonomies: columns of paths; their tasks come after `tasks`.
+        multi_label: columns whose rows have any number of classes: lists, or text; those not among `tasks` come after.
+        label_separator: what stands between the classes of such a column of text.
+        na_value: the class name that says that a task does not apply to a row.
+        applies: the tasks for which whether they apply is a task of its own (see `applies_task`); None for those with
+            rows that they do not apply to.
     """
 
     image: str | None = None
@@ -66,6 +71,19 @@ class Columns:
     keys: tuple[str, ...] = ()
     split: str | None = None
     taxonomies: tuple[Taxonomy, ...] = ()
+    multi_label: tuple[str, ...] = ()
+    label_separator: str | None = None
+    na_value: str | None = None
+    applies: tuple[str, ...] | None = None
+
+
+APPLIES = ("no", "yes")
+"""The classes of whether a task applies to a row."""
+
+
+def applies_task(task: str) -> str:
+    """The task that says whether `task` applies to a row."""
+    return f"{task}_applies"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from cmaclip_fast.data.check import RowPolicy, check_rows
-from cmaclip_fast.data.named import Columns, Taxonomy, absolute
+from cmaclip_fast.data.named import Columns, Taxonomy, absolute, applies_task
 from cmaclip_fast.data.split import NAMES, split_table
 from cmaclip_fast.data.table import Table, read_table
 from cmaclip_fast.errors import InputError
@@ -24,6 +24,10 @@ class DataColumns(BaseModel):
     split: str | None = None
     image_dir: str | None = None
     taxonomies: tuple[Taxonomy, ...] = ()
+    multi_label: tuple[str, ...] = ()
+    label_separator: str | None = None
+    na_value: str | None = None
+    applies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,31 @@ def read_columns(
     split: str | None = None,
     any_columns: bool = False,
     taxonomies: tuple[Taxonomy, ...] = (),
+    multi_label: tuple[str, ...] = (),
+    label_separator: str | None = None,
+    na_value: str | None = None,
 ) -> Table:
-    """`read_table` with each column named by an argument."""
+    """`read_table` with each column named by an argument.
 
-    columns = Columns(image, text, tuple(tasks or ()), tuple(keys or ()), split_column, taxonomies)
+    Raises:
+        InputError: as `read_table`; a separator that is blank or has no column, or an NA value that is blank.
+    """
+    if label_separator is not None and not (label_separator.strip() and multi_label):
+        raise InputError("label separator: is for columns of several labels: name them with --multi-label, or leave it")
+    if na_value is not None and not na_value.strip():
+        raise InputError("NA value: is empty, which means unlabelled: name the value that says not applicable")
+    na_value = na_value and na_value.strip()
+    columns = Columns(
+        image,
+        text,
+        tuple(tasks or ()),
+        tuple(keys or ()),
+        split_column,
+        taxonomies,
+        multi_label,
+        label_separator,
+        na_value,
+    )
     return read_table(
         data, columns, image_dir=image_dir, split=split, max_image_pixels=max_image_pixels, any_columns=any_columns
     )
@@ -65,7 +90,11 @@ def read_columns(
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The rows that a trained model is to be run on, as the command line names them."""
+    """The rows that a trained model is to be run on, as the command line names them.
+
+    Of other data than those of training, `tasks` None uses the model's where there are columns for them, and an empty
+    list none.
+    """
 
     data: str | None
     image: str | None
@@ -77,6 +106,7 @@ class Source:
     split_column: str | None
     on_bad_rows: RowPolicy
     max_image_pixels: int
+    label_separator: str | None = None
 
     def checked(self, trained: TrainedOn, tell: Callable[[str], None]) -> tuple[Table, dict[str, int]]:
         """The checked rows, and how many were bad in what way; what is not named is as in training."""
@@ -104,10 +134,23 @@ class Source:
                 tell(f"{source}: no column '{name}', which the model was trained with: treated as missing")
         taxonomies = tuple(taxonomy for taxonomy in known.taxonomies if again or taxonomy.column in columns)
         levels = {task for taxonomy in known.taxonomies for task in taxonomy.levels_in(known.tasks)}
-        tasks = known.tasks if again else [task for task in self.tasks or known.tasks if self.tasks or task in columns]
-        tasks = [task for task in tasks if task not in levels]
-
-        used = Columns(image, text, tuple(tasks), tuple(self.keys or ()), split_column, taxonomies)
+        derived = {applies_task(task): task for task in known.applies}
+        wanted = known.tasks if again or not self.tasks else self.tasks
+        tasks = [task for task in dict.fromkeys(derived.get(task, task) for task in wanted) if task not in levels]
+        if not again and not self.tasks:
+            tasks = [task for task in tasks if task in columns and self.tasks is None]
+        used = Columns(
+            image,
+            text,
+            tuple(tasks),
+            tuple(self.keys or ()),
+            split_column,
+            taxonomies,
+            tuple(task for task in known.multi_label if task in tasks),
+            self.label_separator or known.label_separator,
+            known.na_value,
+            known.applies,
+        )
         table = found.with_columns(used)
         if self.split == "all":
             return table

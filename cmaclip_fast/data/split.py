@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,8 +59,18 @@ def _by_column(table: Table, column: str) -> list[list[int]]:
 
 
 def _strata(table: Table, rows: Sequence[int]) -> list[list[int]]:
-    """`rows` grouped by their class of the first task; the unlabelled are a group of their own."""
-    labels = table.labels(table.columns.tasks[0]) if table.columns.tasks else [None] * len(table)
+    """`rows` grouped by their class of the first task; the unlabelled are a group of their own.
+
+    Of several classes the rarest counts.
+    """
+    first = table.columns.tasks[0] if table.columns.tasks else None
+    labels: Sequence[str | None] = [None] * len(table)
+    if first in table.columns.multi_label:
+        lists = table.label_lists(first)
+        counts = Counter(name for names in lists for name in names or ())
+        labels = [min(names, key=lambda name: (counts[name], name)) if names else None for names in lists]
+    elif first is not None:
+        labels = table.labels(first)
     groups: dict[str, list[int]] = {}
     for row in rows:
         groups.setdefault(labels[row] or "", []).append(row)

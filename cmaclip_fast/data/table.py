@@ -16,9 +16,12 @@ import pyarrow as pa
 from PIL.Image import Image as Picture
 
 from cmaclip_fast.data import public
+from cmaclip_fast.data.derived import add_applicability, add_levels, check_kind
 from cmaclip_fast.data.emoji import read_emoji
 from cmaclip_fast.data.files import SPLITS, Rows, list_files, near, read_files, read_folder
 from cmaclip_fast.data.images import MAX_IMAGE_PIXELS, ImageProblem, read_image, verify_image
+from cmaclip_fast.data.labels import ClassLists, Fault, check_na_value, check_separator, class_lists, fault_of_mixed
+from cmaclip_fast.data.labels import label as _label
 from cmaclip_fast.data.named import NAMED, Columns, named
 from cmaclip_fast.data.values import class_feature, column_texts, is_bytes, is_text, python_value, storage
 from cmaclip_fast.errors import InputError, clipped, listed
@@ -36,6 +39,30 @@ class _Source:
     image_dir: Path | None
     max_image_pixels: int
     values: dict[str, list[str | None]] = field(default_factory=dict)
+    lists: dict[str, ClassLists] = field(default_factory=dict)
+
+    def file(self, row: int) -> int:
+        """The number of the file that a row came from."""
+        return bisect.bisect_right(self.first_rows, row) - 1
+
+    def where(self, row: int) -> str:
+        number = self.file(row)
+        return f"{self.read.files[number]}, row {row - self.first_rows[number] + 1}"
+
+    def fault(self, column: str) -> Fault:
+        """What makes the errors of a column."""
+        return lambda row, said: InputError(
+            f"{self.name if row is None else self.where(row)}, column '{clipped(column)}': {said}"
+        )
+
+    def class_lists(self, name: str) -> ClassLists:
+        """The classes of each row of a multi-label column; none where it does not apply, None where unlabelled."""
+        if name not in self.lists:
+            column, columns, fault = self.table.column(name), self.columns, self.fault(name)
+            if name in self.read.mixed and pa.types.is_nested(column.type):
+                raise fault_of_mixed(column, self.read.mixed[name], fault)
+            self.lists[name] = class_lists(column, columns.label_separator, columns.na_value, fault)
+        return self.lists[name]
 
     def texts(self, name: str) -> list[str | None]:
         """A column as text, null and NaN as None."""
@@ -167,11 +194,27 @@ class Table:
         return f"{self.where(index)}, column '{self.columns.image}': {picture} {problem}"
 
     def labels(self, task: str) -> list[str | None]:
-        """The class name of every row, None where it is unlabelled; numbers are written as text."""
+        """The class name of every row, None where it is unlabelled; numbers are written as text.
+
+        Where a task does not apply to a row, the row is unlabelled.
+        """
         if task not in self.column_names:
             raise InputError(self._missing(task, "task"))
         values = self._source.texts(task)
-        return [_label(values[row]) for row in self._rows]
+        found = [_label(values[row]) for row in self._rows]
+        na_value = self.columns.na_value
+        if na_value is None or task not in self.columns.tasks:
+            return found
+        return [None if label == na_value else label for label in found]
+
+    def label_lists(self, task: str) -> list[list[str] | None]:
+        """The class names of every row of a multi-label task, None where it is unlabelled or the task does not apply.
+
+        Raises:
+            InputError: a cell that is no list of classes.
+        """
+        lists = self._source.class_lists(task)
+        return [lists[row] or None for row in self._rows]
 
     def key_columns(self) -> pa.Table:
         """The key columns, with the types that they were read with; a row for each row."""
@@ -195,13 +238,15 @@ class Table:
     def row_number(self, index: int) -> int:
         """The row in its file, counted from 1, the row of column names not counted."""
         row = int(self._rows[index])
-        return row - self._source.first_rows[self._file(row)] + 1
+        return row - self._source.first_rows[self._source.file(row)] + 1
 
     def picture_states(self, start: int, stop: int, with_files: bool = True) -> Iterator[Any]:
         """What changes when the picture of a row does: its bytes, or its path with size and time of its file."""
         rows = self._rows[start:stop]
         if self._source.read.picture is not None:
-            yield from ((int(row), *_file_state(self._source.read.files[self._file(row)], with_files)) for row in rows)
+            yield from (
+                (int(row), *_file_state(self._source.read.files[self._source.file(row)], with_files)) for row in rows
+            )
             return
         if self.columns.image is None:
             return
@@ -213,7 +258,7 @@ class Table:
             if row in self._masked:
                 yield None
             elif isinstance(value, str) and value.strip():
-                file = self._file(row)
+                file = self._source.file(row)
                 if file not in folders:
                     folders[file] = str(self._folder(row))
                 yield value, *_file_state(os.path.join(folders[file], os.path.expanduser(value)), with_files)
@@ -222,10 +267,7 @@ class Table:
 
     def where(self, index: int) -> str:
         """`file, row N`, as messages give it."""
-        return f"{self._source.read.files[self._file(int(self._rows[index]))]}, row {self.row_number(index)}"
-
-    def _file(self, row: int) -> int:
-        return bisect.bisect_right(self._source.first_rows, row) - 1
+        return self._source.where(int(self._rows[index]))
 
     def _image_value(self, index: int) -> Any:
         column = self.columns.image
@@ -261,7 +303,7 @@ class Table:
     def _folder(self, row: int) -> Path:
         if self._source.image_dir is not None:
             return self._source.image_dir
-        file = self._source.read.files[self._file(row)]
+        file = self._source.read.files[self._source.file(row)]
         return file if file.is_dir() else file.parent
 
     def _missing(self, column: str, role: str) -> str:
@@ -308,10 +350,10 @@ def _use(
     read: Rows, name: str, columns: Columns, image_dir: Path | None, max_image_pixels: int, any_columns: bool = False
 ) -> Table:
     first_rows = tuple(itertools.accumulate(read.lengths[:-1], initial=0))
-    rows, filled = _add_levels(name, read.table, _fill(columns, read.columns, read.table.column_names))
+    rows, filled = add_levels(name, read.table, _fill(columns, read.columns, read.table.column_names))
     table = Table(_Source(read, rows, filled, name, first_rows, image_dir, max_image_pixels), np.arange(len(rows)))
     _check_columns(table, rows.schema, any_columns)
-    return table
+    return _add_applicability(table)
 
 
 def _read(name: str) -> Rows:
@@ -345,33 +387,28 @@ def _fill(given: Columns, own: Columns, names: list[str]) -> Columns:
     if given.image is None and given.text is None:
         given = replace(given, image=own.image, text=own.text)
     split = given.split or own.split or ("split" if "split" in names else None)
-    tasks = given.tasks or (() if given.taxonomies else own.tasks)
+    tasks = given.tasks or (() if given.taxonomies or given.multi_label else own.tasks)
     return replace(given, tasks=tasks, keys=given.keys or own.keys, split=split)
 
 
-def _add_levels(name: str, table: pa.Table, columns: Columns) -> tuple[pa.Table, Columns]:
-    """A column and a task for each level of each taxonomy."""
-    tasks = list(columns.tasks)
-    taxonomies = []
-    for taxonomy in columns.taxonomies:
-        if taxonomy.column not in table.column_names:
-            names = table.column_names
-            raise InputError(
-                f"{name}: no column '{taxonomy.column}' for a taxonomy{near(taxonomy.column, names)}; "
-                f"columns: {listed(names)}"
-            )
-        _check_kind(name, table.schema, taxonomy.column)
-        paths = [_label(value) for value in column_texts(table.column(taxonomy.column))]
-        deepest = max((len(taxonomy.names(path)) for path in paths if path is not None), default=0)
-        for level in range(1, (taxonomy.levels or max(deepest, 1)) + 1):
-            task = taxonomy.task(level)
-            if task in table.column_names:
-                raise InputError(f"{name}: column '{task}' has the name of a level of '{taxonomy.column}'; rename it")
-            upto = pa.array([path and taxonomy.upto(path, level) for path in paths], pa.string())
-            table = table.append_column(task, upto)
-            tasks.append(task)
-        taxonomies.append(replace(taxonomy, levels=len(taxonomy.levels_in(tasks))))
-    return table, replace(columns, tasks=tuple(tasks), taxonomies=tuple(taxonomies))
+def _add_applicability(table: Table) -> Table:
+    """The table with the tasks of `add_applicability`, after a look at what is named for the first time."""
+    source, columns = table._source, table.columns
+    several = {name: source.table.column(name) for name in columns.multi_label}
+    labels: dict[str, Sequence[str | None] | ClassLists] = {name: source.class_lists(name) for name in several}
+    if columns.na_value is not None:
+        own = [task for task in columns.tasks if task in source.read.table.column_names and task not in several]
+        labels |= {task: [_label(value) for value in source.texts(task)] for task in own}
+        # of a taxonomy the first level, which the others follow
+        labels |= {t.task(1): [_label(value) for value in source.texts(t.column)] for t in columns.taxonomies}
+    if columns.applies is None:
+        if columns.label_separator is not None:
+            for name, column in several.items():
+                check_separator(column, columns.label_separator, source.fault(name))
+        if columns.na_value is not None:
+            check_na_value(table.name, labels, several, columns.na_value)
+    filled, columns = add_applicability(table.name, source.table, columns, labels)
+    return Table(replace(source, table=filled, columns=columns), table._rows)
 
 
 def _check_columns(table: Table, schema: pa.Schema, any_columns: bool) -> None:
@@ -386,8 +423,9 @@ def _check_columns(table: Table, schema: pa.Schema, any_columns: bool) -> None:
     repeated = sorted({task for task in columns.tasks if columns.tasks.count(task) > 1})
     if repeated:
         raise InputError(f"{table.name}: task '{repeated[0]}' is named twice; name each task once")
-    for column in filter(None, (columns.text, columns.split, *columns.tasks)):
-        _check_kind(table.name, schema, column)
+    one_label = [task for task in columns.tasks if task not in columns.multi_label]
+    for column in filter(None, (columns.text, columns.split, *one_label)):
+        check_kind(table.name, schema, column)
     for column in columns.keys:
         if pa.types.is_nested(storage(schema.field(column).type)):
             raise InputError(f"{table.name}: key column '{column}' holds {schema.field(column).type}; name another")
@@ -397,12 +435,6 @@ def _check_columns(table: Table, schema: pa.Schema, any_columns: bool) -> None:
     if columns.image is not None and not _holds_pictures(storage(schema.field(columns.image).type)):
         kind = schema.field(columns.image).type
         raise InputError(f"{table.name}: column '{columns.image}' holds {kind}, not paths or bytes of pictures")
-
-
-def _check_kind(name: str, schema: pa.Schema, column: str) -> None:
-    kind = storage(schema.field(column).type)
-    if pa.types.is_nested(kind) or is_bytes(kind):
-        raise InputError(f"{name}: column '{column}' holds {kind}, not text or classes; name another")
 
 
 def _holds_pictures(kind: pa.DataType) -> bool:
@@ -433,8 +465,3 @@ def _file_state(path: str | Path, wanted: bool) -> tuple[int, int] | tuple[()]:
     except (OSError, ValueError):
         return ()
     return status.st_size, status.st_mtime_ns
-
-
-def _label(value: str | None) -> str | None:
-    text = (value or "").strip()
-    return None if text in ("", "nan", "NaN") else text

@@ -29,7 +29,7 @@ MAJORITY, TEXT = "majority class", "TF-IDF on the text"
 def baselines(
     train: Table, tables: dict[str, Table], tasks: dict[str, list[str]], target_precision: float = 0.9, seed: int = 0
 ) -> dict[str, dict[str, Headlines]]:
-    """Baselines for a model, measured on each of `tables`.
+    """Baselines for a model, measured on each of `tables`; multi-label tasks are left out.
 
     The regression reads words and pairs of words, and groups of 2 to 5 letters within words. Rows without a text get
     the classes of the empty text.
@@ -44,6 +44,7 @@ def baselines(
         For each baseline, `majority class` and `TF-IDF on the text`, and each table, the headlines of the tasks that
         it covers; without a text column the second is left out.
     """
+    tasks = {task: classes for task, classes in tasks.items() if task not in train.columns.multi_label}
     found: dict[str, dict[str, Headlines]] = {MAJORITY: {name: {} for name in tables}}
     measured = {
         name: {task: encode(table, task, classes, "ignore")[0] for task, classes in tasks.items()}

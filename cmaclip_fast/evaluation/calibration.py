@@ -8,7 +8,7 @@ the negative log-likelihood of the validation labels. The temperature changes no
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from cmaclip_fast.data.classes import labelled
 from cmaclip_fast.data.named import Taxonomy
 from cmaclip_fast.systems.taxonomy import task_probabilities
 
@@ -63,12 +64,12 @@ def calibrated_probabilities(
     tasks: Mapping[str, Sequence[str]],
     taxonomies: Sequence[Taxonomy] = (),
     calibrations: Calibrations | None = None,
+    multi_label: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """For each task the calibrated probabilities of its classes, `[B, C_task]`; see `task_probabilities`."""
     known = calibrations or {}
-    return task_probabilities(
-        {task: known[task](values) if task in known else values for task, values in logits.items()}, tasks, taxonomies
-    )
+    calibrated = {task: known[task](values) if task in known else values for task, values in logits.items()}
+    return task_probabilities(calibrated, tasks, taxonomies, multi_label)
 
 
 def fit_calibrations(
@@ -84,14 +85,18 @@ def fit_calibrations(
 
     Args:
         logits: `[N, C_task]` for each task.
-        labels: `[N]` int64 for each task, -1 where unlabelled; a task without labelled rows stays uncalibrated.
+        labels: `[N]` int64 for each task, -1 where unlabelled, or of a multi-label task `[N, C_task]` (see `encode`); a
+            task without labelled rows stays uncalibrated.
     """
     found: dict[str, Calibration] = {}
     for task in tasks:
         of_task = labels.get(task)
-        if of_task is None or not (of_task >= 0).any():
+        if of_task is None or not (chosen := labelled(of_task)).any():
             continue
-        chosen, wanted = of_task >= 0, of_task[of_task >= 0]
+        wanted = of_task[chosen]
+        if of_task.ndim == 2:
+            found[task] = _several(logits[task][chosen].float(), wanted.float(), method)
+            continue
         taxonomy = next((t for t in taxonomies if task in t.levels_in(tasks)), None)
         levels = [task] if taxonomy is None else taxonomy.levels_in(tasks)
         known = {level: tasks[level] for level in levels[: levels.index(task) + 1]}
@@ -116,12 +121,31 @@ def _temperature(
         likelihood = task_probabilities(scaled, tasks, taxonomies)[task].gather(1, labels[:, None])
         return float(-likelihood.double().clamp_min(1e-12).log().mean())
 
+    return _least(loss)
+
+
+def _least(loss: Callable[[float], float]) -> float:
+    """The temperature of the least loss."""
     low, high = (math.log(value) for value in TEMPERATURES)
     best = minimize_scalar(lambda log: loss(math.exp(log)), bounds=(low, high), method="bounded")
     return math.exp(best.x) if best.fun < loss(1.0) else 1.0
 
 
-def _vector(logits: Tensor, labels: Tensor, temperature: float) -> Calibration:
+def _several(logits: Tensor, labels: Tensor, method: Method) -> Calibration:
+    """That of a multi-label task, `[N, C]` each: every class of every row is a case of its own."""
+    loss = F.binary_cross_entropy_with_logits
+    temperature = _least(lambda value: float(loss(logits.double() / value, labels.double())))
+    if method == "vector":
+        return _vector(logits, labels.double(), temperature, loss)
+    return Calibration((temperature,))
+
+
+def _vector(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    loss_of: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> Calibration:
     """Starts from the temperature; ends where the likelihood of the labels no longer rises."""
     with torch.inference_mode(False), torch.enable_grad():
         values, wanted = logits.clone().double(), labels.clone()
@@ -131,7 +155,7 @@ def _vector(logits: Tensor, labels: Tensor, temperature: float) -> Calibration:
 
         def step() -> Tensor:
             optimizer.zero_grad()
-            loss = F.cross_entropy(values * scale + bias, wanted)
+            loss = loss_of(values * scale + bias, wanted)
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
@@ -163,6 +187,11 @@ class Reliability:
         ends = np.unique(np.linspace(0, len(scores), BINS + 1).round().astype(int))
         rows = np.diff(ends)
         return cls(np.add.reduceat(scores, ends[:-1]) / rows, np.add.reduceat(right, ends[:-1]) / rows, rows)
+
+    @classmethod
+    def of_scores(cls, scores: Tensor, labels: Tensor) -> Reliability:
+        """Of a multi-label task, from the probability of each class and the labels, `[N, C]` each: of every class."""
+        return cls.of(scores.flatten(), torch.ones(labels.numel(), dtype=labels.dtype), labels.flatten())
 
     @property
     def error(self) -> float:

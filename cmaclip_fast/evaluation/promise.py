@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cmaclip_fast.data.classes import labelled
 from cmaclip_fast.evaluation.thresholds import ASSURANCE, precision_bound
 
 
@@ -20,13 +21,20 @@ class Promise:
         target: the precision that was promised.
         rows: labelled rows.
         accepted: rows among them whose answer is accepted.
-        right: rows among those whose answer is right.
+        right: rows among those whose answer is right; of a multi-label task the accepted classes that are right.
+        answers: accepted classes of a multi-label task, of which a row can have several; None: one for each row.
     """
 
     target: float
     rows: int
     accepted: int
     right: int
+    answers: int | None = None
+
+    @property
+    def given(self) -> int:
+        """The accepted answers."""
+        return self.accepted if self.answers is None else self.answers
 
     @property
     def coverage(self) -> float:
@@ -35,8 +43,8 @@ class Promise:
 
     @property
     def precision(self) -> float:
-        """The share of the accepted rows that is right; NaN where nothing is accepted."""
-        return self.right / self.accepted if self.accepted else math.nan
+        """The share of the accepted answers that is right; NaN where nothing is accepted."""
+        return self.right / self.given if self.given else math.nan
 
     @property
     def verdict(self) -> str:
@@ -47,8 +55,7 @@ class Promise:
             return "kept"
         missed = f"missed by {100 * (self.target - self.precision):.1f} points"
         # the upper bound of Clopper and Pearson is the lower one of the rows that are wrong
-        wrong = self.accepted - self.right
-        highest = 1 - float(precision_bound(wrong, self.accepted, 1 - ASSURANCE))
+        highest = 1 - float(precision_bound(self.given - self.right, self.given, 1 - ASSURANCE))
         return f"{missed}, within chance" if highest >= self.target else missed
 
     def record(self) -> dict[str, Any]:
@@ -57,6 +64,7 @@ class Promise:
             "target_precision": self.target,
             "rows": self.rows,
             "accepted": self.accepted,
+            **({} if self.answers is None else {"answers": self.answers}),
             "right": self.right,
             "coverage": self.coverage,
             "precision": self.precision,
@@ -73,17 +81,34 @@ def promises(
     """The promise of each labelled task that has a target.
 
     Args:
-        accepted: `[N]` bool for each task.
-        predicted, labels: `[N]` for each task; labels are -1 where unlabelled.
+        accepted: `[N]` bool for each task; of a multi-label task `[N, C_task]`, which classes are.
+        predicted, labels: `[N]` for each task; labels are -1 where unlabelled. Of a multi-label task the labels are
+            `[N, C_task]`, and what is predicted does not count.
     """
     found = {}
     for task, of_task in labels.items():
         if task in targets:
-            known = of_task >= 0
+            known = labelled(of_task)
+            rows = int(known.sum())
+            if of_task.ndim == 2:
+                taken = known[:, None] & accepted[task]
+                right = taken & (of_task == 1)
+                some = int(taken.any(1).sum())
+                found[task] = Promise(targets[task], rows, some, int(right.sum()), int(taken.sum()))
+                continue
             taken = known & accepted[task]
             right = taken & (predicted[task] == of_task)
-            found[task] = Promise(targets[task], int(known.sum()), int(taken.sum()), int(right.sum()))
+            found[task] = Promise(targets[task], rows, int(taken.sum()), int(right.sum()))
     return found
+
+
+def sentences_of_absence(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """For each task that may not apply how well that is found, from `Classified.not_applicable`."""
+    return [
+        f"{task}: of {m['rows']:,} rows that it does not apply to {m['recall']:.1%} are found, "
+        f"with a precision of {m['precision']:.1%}".replace("nan%", "-")
+        for task, m in found.items()
+    ]
 
 
 def sentences(found: Mapping[str, Promise]) -> list[str]:
@@ -92,9 +117,10 @@ def sentences(found: Mapping[str, Promise]) -> list[str]:
     for task, promise in found.items():
         left = promise.rows - promise.accepted
         if promise.accepted:
+            what = "them" if promise.answers is None else f"their {promise.answers:,} labels"
             said.append(
                 f"{task}: {promise.accepted:,} of {promise.rows:,} rows ({promise.coverage:.0%}) can be published "
-                f"without a look, {promise.precision:.1%} of them right "
+                f"without a look, {promise.precision:.1%} of {what} right "
                 f"(target {promise.target:.0%}); {left:,} need a person"
             )
         else:

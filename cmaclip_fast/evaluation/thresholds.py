@@ -117,3 +117,19 @@ def choose_class_thresholds(
         if known[number] >= MIN_CLASS_ROWS and rows.sum() >= fewest:
             found[number] = choose_threshold(confidence[rows], labels[rows] == number, target, assurance)
     return found
+
+
+def choose_label_thresholds(
+    scores: Tensor, has: Tensor, target: float, assurance: float = ASSURANCE
+) -> dict[int, Threshold]:
+    """As `choose_class_thresholds`, for a multi-label task: a class is predicted where its probability is 0.5 or more.
+
+    Args:
+        scores, has: `[N, C]`, of the labelled rows: the probability of each class, and whether the row has it.
+    """
+    fewest = rows_needed(target, 1 - assurance)
+    enough = (has.sum(0) >= MIN_CLASS_ROWS) & ((scores >= 0.5).sum(0) >= fewest)
+    return {
+        number: choose_threshold(scores[:, number], has[:, number], target, assurance)
+        for number in enough.nonzero().flatten().tolist()
+    }

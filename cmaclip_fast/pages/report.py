@@ -69,7 +69,8 @@ def _modality(split: str) -> str:
 
 
 def _metrics(metrics: dict[str, float]) -> dict[str, float | None]:
-    return {name: finite(metrics.get(name)) for name in ("accuracy", "macro_f1", "recall_at_precision", "rows")}
+    names = ("accuracy", "macro_f1", "recall_at_precision", "rows", "micro_f1", "mean_average_precision")
+    return {name: finite(metrics.get(name)) for name in names}
 
 
 def _task(task: TaskView, target: float) -> dict[str, Any]:
@@ -77,6 +78,7 @@ def _task(task: TaskView, target: float) -> dict[str, Any]:
         "name": clipped(task.name, NAME_LENGTH),
         "classes": len(task.classes),
         "metrics": _metrics(task.metrics),
+        "several": "mean_average_precision" in task.metrics,
         "per_class": _listed(task.per_class),
         "confusion": confusion_matrix_view(task),
         "weights": weight_histogram(task),

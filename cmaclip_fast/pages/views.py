@@ -17,9 +17,9 @@ class Prediction:
     """What was said of one row for one task.
 
     Attributes:
-        label: the true class, or None where the row is unlabelled.
-        predicted: the most probable class.
-        status: `accepted` or `unsure`; None where the model has no thresholds.
+        label: the true class, or None where the row is unlabelled; of a multi-label task the classes with commas.
+        predicted: the most probable class; of a multi-label task the classes of a probability of 0.5 or more.
+        status: `accepted`, `unsure` or `not_applicable`; None where the model has no thresholds.
         probability: its probability, 0 to 1.
         top: the most probable classes with their probabilities, best first.
         weights: the modality weights of text and image (in this order), or None for a system without them.
@@ -67,9 +67,10 @@ class TaskView:
     Attributes:
         name: the task.
         classes: its C class names.
-        metrics: `accuracy`, `macro_f1`, `recall_at_precision`, `rows`; what is missing or not finite shows as a dash.
+        metrics: `accuracy`, `macro_f1`, `recall_at_precision`, `rows`, and of a multi-label task `micro_f1` and
+            `mean_average_precision`; what is missing or not finite shows as a dash.
         per_class: for each class `class`, `rows`, `precision`, `recall`, `f1`, `recall_at_precision`.
-        confusion: `[C, C]` counts, dense or sparse, a row for each true class.
+        confusion: `[C, C]` counts, dense or sparse, a row for each true class; None for a multi-label task.
         weights: `[N, 2]` modality weights (text, image); rows that sum to 0 (neither present) are left out.
         precision_curve, recall_curve: two arrays of one length, a point for each confidence threshold.
         decision: `target_precision`, `rows`, `accepted`, `coverage`, `precision`, `verdict` of the accepted rows.

@@ -18,7 +18,7 @@ def predictions_of(row: Mapping[str, Any]) -> dict[str, Prediction]:
     """The predictions of a row, by task."""
     return {
         task: Prediction(
-            label=said.label,
+            label=list(said.label) if isinstance(said.label, tuple) else said.label,
             status=said.status,
             probability=said.probability,
             top=_candidates(said.top),
@@ -35,7 +35,7 @@ def explanation_of(view: ExampleView) -> Explanation:
     for task, said in view.predictions.items():
         text, image = said.weights or (None, None)
         predictions[task] = Prediction(
-            label=None if said.status == "unsure" else said.predicted,
+            label=said.predicted if said.status in (None, "accepted") else None,
             status=said.status,
             probability=said.probability,
             top=_candidates(said.top),

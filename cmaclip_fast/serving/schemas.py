@@ -34,8 +34,13 @@ class Candidate(BaseModel):
 class Prediction(BaseModel):
     """What is said of one row for one task."""
 
-    label: str | None = Field(description="The most probable class; null where the model is not sure enough.")
-    status: str | None = Field(description="`accepted` or `unsure`; null for a model without thresholds.")
+    label: str | list[str] | None = Field(
+        description="The most probable class, or the accepted classes of a task with several labels; null where the "
+        "model is not sure enough."
+    )
+    status: str | None = Field(
+        description="`accepted`, `unsure` or `not_applicable`; null for a model without thresholds."
+    )
     probability: float = Field(description="Of the most probable class.")
     top: list[Candidate] = Field(description="The five most probable classes, best first.")
     text_weight: float | None = Field(description="The text's share in the decision; null for a model without.")

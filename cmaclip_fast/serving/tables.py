@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 from fastapi import Request
@@ -241,8 +242,8 @@ def as_file(labelled: list[Labelled], model: Loaded, kind: str) -> bytes:
     CSV, which has no lists, goes without the classes that come after the best.
     """
     keys = pa.schema([("row", pa.int64()), ("text", pa.string()), ("picture", pa.string())])
-    taxonomies = model.classifier.system.taxonomies
-    schema = output_schema(keys, model.classifier.tasks, taxonomies).append(pa.field("error", pa.string()))
+    taxonomies, multi_label = model.classifier.system.taxonomies, model.classifier.system.multi_label
+    schema = output_schema(keys, model.classifier.tasks, taxonomies, multi_label).append(pa.field("error", pa.string()))
     rows = []
     for number, row in enumerate(labelled, 1):
         record: dict[str, Any] = {"row": number, "text": row.text, "picture": row.picture}
@@ -253,6 +254,9 @@ def as_file(labelled: list[Labelled], model: Loaded, kind: str) -> bytes:
     if kind == "parquet":
         pq.write_table(table, buffer)
     else:
+        for task in multi_label:
+            place = table.schema.get_field_index(task)
+            table = table.set_column(place, task, pc.binary_join(table[task], ", "))
         flat = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
         pyarrow.csv.write_csv(table.select(flat), buffer)
     return buffer.getvalue()

@@ -38,6 +38,8 @@ class System(nn.Module):
         uses_labels: False for a system that learns from pairs alone, by CLIP's contrastive loss.
         config, tasks, preprocessing, tokenizer: as in `CMACLIP`.
         taxonomies: the tasks that are levels of a tree; see `task_probabilities`.
+        multi_label: the tasks whose rows have any number of classes.
+        applies: the tasks for which whether they apply is a task of its own (see `applies_task`).
         image_tower, text_tower: see `towers.py`; a system that does not read a modality has no tower for it.
         logit_scale: CLIP's temperature.
     """
@@ -53,6 +55,8 @@ class System(nn.Module):
     config: Any
     tasks: dict[str, list[str]]
     taxonomies: tuple[Taxonomy, ...] = ()
+    multi_label: tuple[str, ...] = ()
+    applies: tuple[str, ...] = ()
     preprocessing: ImagePreprocessing
     tokenizer: Tokenizer
     image_tower: Any

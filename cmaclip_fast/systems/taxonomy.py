@@ -6,7 +6,7 @@ each level; the levels are trained like any tasks, and joined here, when logits 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -18,19 +18,27 @@ _JUST_BELOW = 0.999
 
 
 def task_probabilities(
-    logits: Mapping[str, Tensor], tasks: Mapping[str, Sequence[str]], taxonomies: Sequence[Taxonomy] = ()
+    logits: Mapping[str, Tensor],
+    tasks: Mapping[str, Sequence[str]],
+    taxonomies: Sequence[Taxonomy] = (),
+    multi_label: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """For each task the probabilities of its classes, `[B, C_task]` from logits `[B, C_task]`, in float32.
 
-    The softmax of a task alone; along a taxonomy, the chain rule from the top: a class has the probability of its
-    parent times its share among its siblings, by the softmax of its level over them. Its most probable class is the
+    The softmax of a task alone, the sigmoid of each class of a multi-label task; along a taxonomy, the chain rule from
+    the top: a class has the probability of its parent times its share among its siblings, by the softmax of its level
+    over them. Its most probable class is the
     best child of the class that is most probable one level above: a class elsewhere that would be more probable is put
     just below that child. So the arguments of the maxima lie on one path, and probabilities never rise along it.
 
     Args:
         tasks: the class names of each task; those of a taxonomy are paths.
+        multi_label: the tasks whose rows have any number of classes.
     """
-    probabilities = {task: values.float().softmax(1) for task, values in logits.items()}
+    probabilities = {
+        task: values.float().sigmoid() if task in multi_label else values.float().softmax(1)
+        for task, values in logits.items()
+    }
     for taxonomy in taxonomies:
         levels = taxonomy.levels_in(tasks)
         chain = probabilities[levels[0]]

@@ -28,6 +28,9 @@ def train(
     text: str | None = None,
     tasks: Sequence[str] | None = None,
     taxonomies: Mapping[str, str] | None = None,
+    multi_label: Sequence[str] = (),
+    label_separator: str | None = None,
+    na_value: str | None = None,
     model: str = TINY,
     pretrained: str | None = None,
     system: str = "cma-clip",
@@ -50,6 +53,9 @@ def train(
         image, text: the columns of pictures (paths or bytes) and of texts; None has none, or the named data set's own.
         tasks: the columns of labels, one task each.
         taxonomies: columns of class paths, each with the separator of its names, such as `{"category": " > "}`.
+        multi_label: columns whose rows have any number of classes: lists in JSONL and Parquet, or text.
+        label_separator: what stands between the classes of a multi-label column of text.
+        na_value: the class name that says that a task does not apply to a row; so does an empty list.
         model: `tiny`, or an open_clip model name, for the towers.
         pretrained: an open_clip tag or a checkpoint file; None starts from random weights.
         system: `cma-clip`, or another of docs/systems.md.
@@ -72,8 +78,9 @@ def train(
     Raises:
         InputError: bad options or data, or an output that exists.
     """
-    if isinstance(tasks, str):
-        raise InputError(f"tasks: give a list of columns, not '{tasks}'")
+    for name, given in (("tasks", tasks), ("multi_label", multi_label)):
+        if isinstance(given, str):
+            raise InputError(f"{name}: give a list of columns, not '{given}'")
     model_fields = find_system(system)[0].Config.model_fields
     known = {*model_fields, *TrainingConfig.model_fields} - {"name", "clip"}
     unknown = [name for name in options if name not in known]
@@ -88,6 +95,9 @@ def train(
         max_image_pixels=max_image_pixels,
         split_column=split_column,
         taxonomies=tuple(Taxonomy(column, separator) for column, separator in (taxonomies or {}).items()),
+        multi_label=tuple(multi_label),
+        label_separator=label_separator,
+        na_value=na_value,
     )
     run = TrainingRun(
         table=table,

@@ -26,10 +26,16 @@ class TrainingConfig(BaseModel):
         weight_decay: AdamW's, not on norms, biases and embeddings of position, type or class.
         warmup: share of all steps with a rising rate; a cosine follows, down to 1 % of the peak.
         clip_norm: largest norm of the gradient.
-        label_smoothing: share of the probability spread over all classes.
+        label_smoothing: share of the probability spread over all classes; not for multi-label tasks.
         class_weights: of the loss: `balanced`, `effective-number`, or for some tasks the weights of some classes; None
             weighs all alike (`imbalance.py`).
         logit_adjustment: factor of the log priors that are added to the logits in training; 0 adds nothing, 1 is usual.
+            Multi-label tasks have none.
+        gamma_positive, gamma_negative: exponents of the loss of multi-label tasks for the classes that a row has, and
+            for those it has not, which are many: 0 is binary cross-entropy, equal ones the focal loss, and 0 and 4 are
+            usual for the asymmetric loss (see `ops.multitask_binary_cross_entropy`).
+        margin: probabilities up to it cost nothing for a class that a row has not; 0.05 is usual for the asymmetric
+            loss.
         balanced_sampling: draw rows with repetition, so that tasks and classes come equally often.
         text_dropout, image_dropout: how often a row's text, or its picture, is hidden in training, where it has both.
         mismatch: share of the rows that are given another row's text, so that the training texts are not learnt by
@@ -77,6 +83,9 @@ class TrainingConfig(BaseModel):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     class_weights: Literal["balanced", "effective-number"] | dict[str, dict[str, float]] | None = None
     logit_adjustment: float = Field(0.0, ge=0, le=10)
+    gamma_positive: float = Field(0.0, ge=0, le=100)
+    gamma_negative: float = Field(0.0, ge=0, le=100)
+    margin: float = Field(0.0, ge=0, lt=1)
     balanced_sampling: bool = False
     text_dropout: float = Field(0.1, ge=0, le=1)
     image_dropout: float = Field(0.1, ge=0, le=1)

@@ -91,6 +91,7 @@ def _mixed(clean: Classified, damaged: Classified, hit: torch.Tensor) -> Classif
         predicted=choose(clean.predicted, damaged.predicted),
         confidence=choose(clean.confidence, damaged.confidence),
         likelihood=choose(clean.likelihood, damaged.likelihood),
+        scores=choose(clean.scores, damaged.scores),
         weights=weights,
         present=torch.where(hit[:, None], damaged.present, clean.present),
     )

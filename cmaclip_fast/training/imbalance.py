@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,10 @@ Weights = dict[str, dict[str, float]]
 def class_counts(labels: Mapping[str, Tensor], tasks: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
     """For each task `[C_task]` int64, the labelled rows of each class."""
     return {
-        task: torch.bincount(labels[task][labels[task] >= 0], minlength=len(classes)) for task, classes in tasks.items()
+        task: (labels[task] == 1).sum(0)
+        if labels[task].ndim == 2
+        else torch.bincount(labels[task][labels[task] >= 0], minlength=len(classes))
+        for task, classes in tasks.items()
     }
 
 
@@ -95,14 +98,18 @@ def read_class_weights(path: Path) -> Weights:
     return {task: {name: float(weight) for name, weight in weights.items()} for task, weights in raw.items()}
 
 
-def log_priors(counts: Mapping[str, Tensor]) -> Tensor:
+def log_priors(counts: Mapping[str, Tensor], multi_label: Collection[str] = ()) -> Tensor:
     """The logarithm of each class's share of its task's labelled rows, `[C]` float32, for logit adjustment.
 
     Added to the logits in training, times a factor, they leave the model's own logits to say what does not follow from
     how frequent a class is (Menon et al., arXiv 2007.07314, section 4.2). A class without rows counts half a row.
+    The classes of a multi-label task exclude none of each other, and have 0.
     """
     parts = []
-    for rows in counts.values():
+    for task, rows in counts.items():
+        if task in multi_label:
+            parts.append(torch.zeros(len(rows)))
+            continue
         rows = rows.double().clamp_min(0.5)
         parts.append((rows / rows.sum()).log().float())
     return torch.cat(parts)
@@ -118,6 +125,9 @@ def row_weights(labels: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> n
     for task, of_task in labels.items():
         rows = counts[task].double()
         share = torch.where(rows > 0, 1 / rows.clamp_min(1), 0).numpy()
-        known = of_task.numpy() >= 0
-        total[known] += share[of_task.numpy()[known]] / max(1, int((rows > 0).sum()))
+        if of_task.ndim == 2:
+            given = (of_task == 1).numpy() @ share
+        else:
+            given = np.where(of_task.numpy() >= 0, share[of_task.numpy()], 0)
+        total += given / max(1, int((rows > 0).sum()))
     return total / total.sum()

@@ -216,15 +216,20 @@ def _accelerator(config: TrainingConfig, device: torch.device) -> Accelerator:
 def validate(
     model: System, examples: Examples, config: TrainingConfig, device: torch.device, target_precision: float
 ) -> dict[str, float]:
-    """Loss, score (the mean accuracy of the tasks) and each task's accuracy on the validation rows."""
+    """Loss, score and each task's accuracy on the validation rows.
+
+    The score is the mean over tasks of the accuracy, or of a multi-label task the mean average precision.
+    """
     result = classify(model, examples, config.batch_size, device)
     record: dict[str, float] = {"validation_loss": result.loss()}
-    accuracies = []
+    scores = []
     for task, headline in result.headlines(target_precision).items():
         record[f"accuracy/{task}"] = headline["accuracy"]
+        if "mean_average_precision" in headline:
+            record[f"mean_average_precision/{task}"] = headline["mean_average_precision"]
         if headline["rows"]:
-            accuracies.append(headline["accuracy"])
-    record["score"] = sum(accuracies) / max(len(accuracies), 1)
+            scores.append(headline.get("mean_average_precision", headline["accuracy"]))
+    record["score"] = sum(scores) / max(len(scores), 1)
     return record
 
 
@@ -235,7 +240,10 @@ def describe_epoch(record: dict[str, float], stages: int) -> str:
         parts.insert(1, "contrastive")
     if "validation_loss" in record:
         parts.append(f"validation {record['validation_loss']:.3f}")
-    parts += [f"{k.removeprefix('accuracy/')} {v:.3f}" for k, v in record.items() if k.startswith("accuracy/")]
+    for name, value in record.items():
+        kind, _, task = name.partition("/")
+        if kind == "mean_average_precision" or (kind == "accuracy" and f"mean_average_precision/{task}" not in record):
+            parts.append(f"{task} {value:.3f}")
     parts.append(f"{record['rows_per_second']:.0f} rows/s, {record['waiting_for_data']:.0%} waiting for data")
     if "memory_per_row" in record:
         parts.append(f"{record['memory_per_row'] / 2**20:.1f} MiB a row")

@@ -11,11 +11,12 @@ from scipy.sparse import coo_array
 
 from cmaclip_fast.classifier.decisions import Decisions
 from cmaclip_fast.classifier.explanation import explain
+from cmaclip_fast.data.classes import labelled as has_label
 from cmaclip_fast.data.examples import Examples
 from cmaclip_fast.evaluation.calibration import Reliability, calibrated_probabilities
 from cmaclip_fast.evaluation.evaluate import VIEWS, Classified, classify
-from cmaclip_fast.evaluation.metrics import TaskMetrics, micro_curve, task_metrics
-from cmaclip_fast.evaluation.promise import Promise, sentences
+from cmaclip_fast.evaluation.metrics import TaskMetrics, micro_curve, multi_label_metrics, pair_curve, task_metrics
+from cmaclip_fast.evaluation.promise import Promise, sentences, sentences_of_absence
 from cmaclip_fast.pages.views import ReportView, TaskView
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.training.checkpoint import Progression
@@ -69,13 +70,15 @@ def measure(
     before.logits.clear()  # with thousands of classes they take much memory
     both = classify(model, examples["test"], size, device, calibrations=decisions.calibrations, with_logits=True)
     full = _metrics(both, decisions, target_precision)
-    raw = calibrated_probabilities(both.logits, model.tasks, model.taxonomies)
+    raw = calibrated_probabilities(both.logits, model.tasks, model.taxonomies, multi_label=model.multi_label)
     both.logits.clear()
     kept = decisions.promises(both)
     said = {
         task: (
-            Reliability.of(*raw[task].max(1), both.labels[task]),
-            Reliability.of(both.confidence[task], both.predicted[task], both.labels[task]),
+            Reliability.of_scores(raw[task], both.labels[task])
+            if task in model.multi_label
+            else Reliability.of(*raw[task].max(1), both.labels[task]),
+            both.reliability(task),
         )
         for task in both.labels
     }
@@ -89,6 +92,7 @@ def measure(
         "test": metrics,
         "validation": {task: m.headline() for task, m in validation.items()},
         "decisions": {task: promise.record() for task, promise in kept.items()},
+        "not_applicable": both.not_applicable(model.applies),
         "hierarchies": decisions.hierarchies(both),
         "calibration": {
             task: {"expected_calibration_error": after.error, "before_calibration": raw.error}
@@ -107,7 +111,9 @@ def measure(
 def _metrics(answers: Classified, decisions: Decisions, target_precision: float) -> dict[str, TaskMetrics]:
     """Each task's metrics on its labelled rows."""
     return {
-        task: task_metrics(probabilities, answers.labels[task], target_precision)
+        task: (multi_label_metrics if task in answers.scores else task_metrics)(
+            probabilities, answers.labels[task], target_precision
+        )
         for task, probabilities in decisions.probabilities(answers.logits).items()
         if task in answers.labels
     }
@@ -155,22 +161,26 @@ def report_view(
         tasks=[_task_view(model, task, m, measured) for task, m in measured.tasks.items()],
         right=explain(model, test.table.select(right), measured.decisions),
         wrong=explain(model, test.table.select(wrong), measured.decisions),
-        promises=sentences(measured.promises),
+        promises=[*sentences(measured.promises), *sentences_of_absence(measured.record["not_applicable"])],
         target_precision=target_precision,
     )
 
 
 def _task_view(model: System, task: str, metrics: TaskMetrics, measured: Measured) -> TaskView:
     answers = measured.answers
-    precision, recall = micro_curve(answers.confidence[task], answers.predicted[task], answers.labels[task])
+    if task in answers.scores:
+        precision, recall = pair_curve(answers.scores[task], answers.labels[task])
+    else:
+        precision, recall = micro_curve(answers.confidence[task], answers.predicted[task], answers.labels[task])
+    counts = metrics.confusion
     return TaskView(
         name=task,
         classes=model.tasks[task],
         metrics=metrics.headline(),
         per_class=metrics.per_class(model.tasks[task]),
-        confusion=coo_array(
-            (metrics.confusion.values().numpy(), metrics.confusion.indices().numpy()), shape=metrics.confusion.shape
-        ),
+        confusion=None
+        if counts is None
+        else coo_array((counts.values().numpy(), counts.indices().numpy()), shape=counts.shape),
         weights=None if answers.weights is None else answers.weights[task].numpy(),
         precision_curve=precision.numpy(),
         recall_curve=recall.numpy(),
@@ -186,8 +196,12 @@ def gallery_rows(answers: Classified, number: int = GALLERY) -> tuple[list[int],
     labelled = torch.zeros(len(surest), dtype=torch.bool)
     for task, predicted in answers.predicted.items():
         labels = answers.labels[task]
-        labelled |= labels >= 0
-        wrong |= (labels >= 0) & (predicted != labels)
+        known = has_label(labels)
+        labelled |= known
+        if task in answers.scores:
+            wrong |= known & ((answers.scores[task] >= 0.5) != (labels == 1)).any(1)
+        else:
+            wrong |= known & (predicted != labels)
 
     def pick(mask: torch.Tensor) -> list[int]:
         rows = mask.nonzero().flatten()

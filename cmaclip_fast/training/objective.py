@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cmaclip_fast.nn.losses import contrastive_loss, task_offsets
-from cmaclip_fast.ops import multitask_cross_entropy
+from cmaclip_fast.ops import multitask_binary_cross_entropy, multitask_cross_entropy
 from cmaclip_fast.systems.base import System
 from cmaclip_fast.systems.cma_clip import CMACLIP
 from cmaclip_fast.training.config import TrainingConfig
@@ -28,6 +28,7 @@ class Objective(nn.Module):
     """
 
     offsets: Tensor
+    class_owners: Tensor
     class_weight: Tensor | None
     adjustment: Tensor | None
 
@@ -50,11 +51,13 @@ class Objective(nn.Module):
         self.is_text_alone = not has_images and isinstance(model, CMACLIP)
         classes = [len(names) for names in model.tasks.values()]
         self.register_buffer("offsets", task_offsets(classes * _MOST_HEADS), persistent=False)
+        numbers = torch.arange(len(classes))
+        self.register_buffer("class_owners", numbers.repeat_interleave(torch.tensor(classes)), persistent=False)
         weight = adjustment = None
         if config.class_weights is not None:
             weight = class_weights(config.class_weights, counts or {}, model.tasks).repeat(_MOST_HEADS)
         if config.logit_adjustment:
-            adjustment = (config.logit_adjustment * log_priors(counts or {})).repeat(_MOST_HEADS)
+            adjustment = (config.logit_adjustment * log_priors(counts or {}, model.multi_label)).repeat(_MOST_HEADS)
         self.register_buffer("class_weight", weight, persistent=False)
         self.register_buffer("adjustment", adjustment, persistent=False)
 
@@ -76,40 +79,76 @@ class Objective(nn.Module):
         if self.is_text_alone:
             hidden = replace(hidden, images=hidden.images[:, :, :0, :0])
         output = self.model(hidden)
-        given = torch.stack([batch.labels[task] for task in self.model.tasks], dim=1)  # [B, K]
+        given = self._given(batch)
         packed = output.packed
         if packed is None:
             packed = torch.cat([output.logits[task] for task in self.model.tasks], dim=1)
-        logits, labels = [packed], [self._labels(given, text_rows, hidden, output)]
+        logits = [packed]
+        owners = (None, self.class_owners)
+        labels = [[self._labels(part, text_rows, hidden, output, owners[n])] for n, part in enumerate(given)]
         if self.model.has_auxiliary_heads and self.config.auxiliary_weight:
             logits.append(self.model.auxiliary_logits(output, TEXT))
-            labels.append(given[text_rows].where(mixed.present[:, TEXT, None], -1))
+            for of_heads, part in zip(labels, given, strict=True):
+                of_heads.append(part[text_rows].where(mixed.present[:, TEXT, None], -1))
             if not self.is_text_alone:
                 logits.append(self.model.auxiliary_logits(output, IMAGE))
-                labels.append(given.where(batch.present[:, IMAGE, None], -1))
-        of_heads = self._losses(logits, labels)
-        loss = of_heads[0]
+                for of_heads, part in zip(labels, given, strict=True):
+                    of_heads.append(part.where(batch.present[:, IMAGE, None], -1))
+        losses = self._losses(logits, labels)
+        loss = losses[0]
         report = loss.detach()
         for extra in self.model.extra_losses(hidden, output).values():
             loss = loss + extra
-        if len(of_heads) > 1:
-            loss = loss + self.config.auxiliary_weight * of_heads[1:].sum()
+        if len(losses) > 1:
+            loss = loss + self.config.auxiliary_weight * losses[1:].sum()
         return loss, report
 
-    def _losses(self, logits: list[Tensor], labels: list[Tensor]) -> Tensor:
-        """The mean over tasks of the loss of each `logits [B, C]` with its `labels [B, K]`; one call for them all."""
-        heads, tasks = len(logits), labels[0].shape[1]
+    def _given(self, batch: Batch) -> list[Tensor]:
+        """The labels of a batch: `[B, K]` int64 with a column for each task, and `[B, C]` int8 with one for each class.
+
+        Each is -1 in the columns of tasks of the other kind; the second is left out if no task is multi-label.
+        """
+        rows, device = len(batch), batch.present.device
+        several = self.model.multi_label
+        none = torch.full((rows,), -1, device=device)
+        labels = [none if task in several else batch.labels[task] for task in self.model.tasks]
+        given = [torch.stack(labels, dim=1)]
+        if several:
+            targets = [
+                batch.labels[task]
+                if task in several
+                else torch.full((rows, len(classes)), -1, dtype=torch.int8, device=device)
+                for task, classes in self.model.tasks.items()
+            ]
+            given.append(torch.cat(targets, dim=1))
+        return given
+
+    def _losses(self, logits: list[Tensor], labels: list[list[Tensor]]) -> Tensor:
+        """The mean over tasks of the loss of each `logits [B, C]`; one call for them all and each kind of label.
+
+        Args:
+            labels: of each kind that `_given` gives, for each of `logits`.
+        """
+        heads, tasks, config = len(logits), len(self.model.tasks), self.config
         joined = torch.cat(logits, dim=1)
+        offsets = self.offsets[: heads * tasks + 1]
+        weight = None if self.class_weight is None else self.class_weight[: joined.shape[1]].to(joined.dtype)
+        plain = joined
         if self.adjustment is not None:
             joined = joined + self.adjustment[: joined.shape[1]].to(joined.dtype)
-        weight = self.class_weight
         losses = multitask_cross_entropy(
-            joined,
-            torch.cat(labels, dim=1),
-            self.offsets[: heads * tasks + 1],
-            None if weight is None else weight[: joined.shape[1]].to(joined.dtype),
-            label_smoothing=self.config.label_smoothing,
+            joined, torch.cat(labels[0], dim=1), offsets, weight, label_smoothing=config.label_smoothing
         )
+        if len(labels) > 1:  # a task that has no label of a kind has no loss of it
+            losses = losses + multitask_binary_cross_entropy(
+                plain,
+                torch.cat(labels[1], dim=1),
+                offsets,
+                class_weight=weight,
+                gamma_positive=config.gamma_positive,
+                gamma_negative=config.gamma_negative,
+                margin=config.margin,
+            )
         return losses.view(heads, tasks).mean(1)
 
     def _mismatch(self, batch: Batch) -> tuple[Batch, Tensor]:
@@ -123,11 +162,14 @@ class Objective(nn.Module):
         rows = torch.where(chosen, other, rows)
         return replace(batch, tokens=batch.tokens[rows], text_lengths=batch.text_lengths[rows]), rows
 
-    def _labels(self, labels: Tensor, text_rows: Tensor, hidden: Batch, output: Output) -> Tensor:
+    def _labels(
+        self, labels: Tensor, text_rows: Tensor, hidden: Batch, output: Output, owners: Tensor | None = None
+    ) -> Tensor:
         """What each task learns after `_mismatch` and `_hide`: -1 where it would follow a text of another row.
 
         Args:
-            labels: `[B, K]`, as given.
+            labels: `[B, n]`, as given.
+            owners: `[n]`, the number of the task that each column is of; None for one column a task.
         """
         both = hidden.present.all(1)
         moved = both & (text_rows != torch.arange(len(labels), device=text_rows.device))
@@ -137,7 +179,8 @@ class Objective(nn.Module):
             weights = torch.stack(list(output.modality_weights.values()), dim=1).detach()  # [B, K, 2]
             # `where` rather than a choice of rows, whose number the host would wait for
             text, image = weights.where(both[:, None, None], 0).sum(0).unbind(1)
-            labels = labels.masked_fill(moved[:, None] & (text > image), -1)
+            follows = text > image
+            labels = labels.masked_fill(moved[:, None] & (follows if owners is None else follows[owners]), -1)
         return labels
 
     def _hide(self, batch: Batch) -> Batch:

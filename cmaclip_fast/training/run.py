@@ -35,7 +35,7 @@ from cmaclip_fast.data.table import Table
 from cmaclip_fast.data.tokenizer import Tokenizer, TrainedTokenizer
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.evaluation.baselines import baselines, below_text
-from cmaclip_fast.evaluation.promise import sentences
+from cmaclip_fast.evaluation.promise import sentences, sentences_of_absence
 from cmaclip_fast.files import cannot, status_of, write_json
 from cmaclip_fast.pages.report import render_report
 from cmaclip_fast.progress import Console
@@ -170,7 +170,8 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
             model = grow(start.system, classes)
             for line in described(start.config.tasks, classes):
                 log.info("from %s: %s", start.directory, line)
-        model.taxonomies = run.table.columns.taxonomies
+        used = run.table.columns
+        model.taxonomies, model.multi_label, model.applies = used.taxonomies, used.multi_label, used.applies or ()
         folder.same_run(_settings(run, config, model, tables) | {"from": None if start is None else start.digest})
         if folder.finished is not None:
             folder.finish(folder.finished)
@@ -235,7 +236,11 @@ def train(run: TrainingRun, console: Console | None = None) -> Result:
             tasks=list(run.table.columns.tasks),
             split=run.split_column or run.table.columns.split,
             image_dir=None if run.table.image_dir is None else str(run.table.image_dir.resolve()),
-            taxonomies=run.table.columns.taxonomies,
+            taxonomies=used.taxonomies,
+            multi_label=used.multi_label,
+            label_separator=used.label_separator,
+            na_value=used.na_value,
+            applies=used.applies or (),
         )
         save_model(work, model, columns, absolute(run.table.name), config.model_dump(mode="json"))
         seconds = time.perf_counter() - started
@@ -267,8 +272,12 @@ def _log_decisions(measured: Measured) -> None:
             )
         if found.per_class:
             left = len(measured.decisions.tasks[task]) - len(found.classes)
-            log.info("%s: %d classes have too few validation rows for a threshold of their own", task, left)
-    for sentence in sentences(measured.promises):
+            log.info(
+                "%s: %d classes have too few validation rows for a threshold of their own and take the task's",
+                task,
+                left,
+            )
+    for sentence in (*sentences(measured.promises), *sentences_of_absence(measured.record["not_applicable"])):
         log.info("test rows: %s", sentence)
 
 
