@@ -18,7 +18,7 @@ SHOWN_GROUPS = 100
 
 
 def metrics_table(metrics: dict[str, dict[str, dict[str, float]]], precision: float) -> RichTable:
-    """Per task and view or baseline: accuracy, macro-F1, recall at the target precision; of multi-label tasks two more."""
+    """Per task and view or baseline: accuracy, macro-F1, recall at a precision; of multi-label tasks two more."""
     first = next(iter(metrics.values()))
     names = {
         "accuracy": "accuracy",
