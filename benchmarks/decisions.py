@@ -21,6 +21,7 @@ HEADINGS = (
     "coverage",
     "seeds that accept any",
     "calibration error",
+    "of which by chance",
     "before calibration",
 )
 
@@ -52,6 +53,7 @@ def page(folder: Path) -> str:
                     spread([one["coverage"] for one in said]),
                     f"{len(precisions)} of {len(said)}",
                     spread(error),
+                    spread([one["by_chance"] for one in errors]),
                     spread([one["before_calibration"] for one in errors]),
                 ]
             )

@@ -106,6 +106,18 @@ def test_the_calibration_error_by_hand() -> None:
     assert math.isnan(Reliability.of(torch.zeros(2), torch.zeros(2), torch.full((2,), -1)).error)
 
 
+@pytest.mark.parametrize("rows", [150, 600, 5000])
+def test_perfect_confidences_show_the_error_of_chance(rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(200):
+        confidence = torch.rand(rows, generator=generator)
+        right = (torch.rand(rows, generator=generator) < confidence).long()
+        found.append(Reliability.of(confidence, right, torch.ones(rows, dtype=torch.long)))
+    expected = np.mean([one.chance for one in found])
+    assert np.mean([one.error for one in found]) == pytest.approx(expected, rel=0.1)
+
+
 @pytest.mark.parametrize("right, rows", [(0, 5), (1, 1), (22, 22), (45, 50), (950, 1000)])
 def test_the_bound_is_where_so_many_hits_become_as_rare_as_the_error(right: int, rows: int) -> None:
     bound = float(precision_bound(right, rows, 0.1))

@@ -333,7 +333,7 @@ def test_answers_in_figures() -> None:
     assert answers.headlines()["tags"] == multi_label_metrics(scores, labels).headline()
     half = answers.select(torch.arange(100))
     assert torch.equal(half.scores["tags"], scores[:100])
-    assert answers.calibration_errors()["tags"] < 0.06
+    assert answers.reliabilities()["tags"].error < 0.06
 
 
 @pytest.mark.parametrize("method", ["temperature", "vector"])

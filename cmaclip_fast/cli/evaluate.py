@@ -114,7 +114,7 @@ def evaluate(
         answers = classify(model, examples, batch_size, target, view, f"evaluating, {view}", decisions.calibrations)
         if view == "both":
             told["decisions"] = {task: kept.record() for task, kept in decisions.promises(answers).items()}
-            told["calibration"] = answers.calibration_errors()
+            told["calibration"] = {task: of.record() for task, of in answers.reliabilities().items()}
             told["not_applicable"] = answers.not_applicable(model.applies)
             told["hierarchies"] = decisions.hierarchies(answers)
         headlines[view] = answers.headlines(precision)

@@ -40,10 +40,12 @@ def metrics_table(metrics: dict[str, dict[str, dict[str, float]]], precision: fl
     return table
 
 
-def decisions_table(decisions: dict[str, dict[str, Any]], errors: dict[str, float]) -> RichTable:
+def decisions_table(decisions: dict[str, dict[str, Any]], errors: dict[str, dict[str, float]]) -> RichTable:
     """Per task with thresholds: how much is accepted, how precise that is, and the calibration error."""
-    table = RichTable("task", "target", "accepted", "coverage", "precision", "calibration error", "promise", box=None)
-    for column in table.columns[1:6]:
+    table = RichTable(
+        "task", "target", "accepted", "coverage", "precision", "calibration error", "by chance", "promise", box=None
+    )
+    for column in table.columns[1:7]:
         column.justify = "right"
     for task, found in decisions.items():
         shares = [f"{found[name]:.3f}" for name in ("coverage", "precision")]
@@ -53,7 +55,7 @@ def decisions_table(decisions: dict[str, dict[str, Any]], errors: dict[str, floa
             f"{found['target_precision']:g}",
             accepted,
             *(share.replace("nan", "-") for share in shares),
-            f"{errors[task]:.3f}".replace("nan", "-"),
+            *(f"{errors[task][name]:.3f}".replace("nan", "-") for name in ("expected_calibration_error", "by_chance")),
             found["verdict"],
         )
     return table

@@ -193,9 +193,24 @@ class Reliability:
         """Of a multi-label task, from the probability of each class and the labels, `[N, C]` each: of every class."""
         return cls.of(scores.flatten(), torch.ones(labels.numel(), dtype=labels.dtype), labels.flatten())
 
+    def record(self) -> dict[str, float]:
+        """As JSON files hold it."""
+        return {"expected_calibration_error": self.error, "by_chance": self.chance}
+
     @property
     def error(self) -> float:
         """The expected calibration error: the mean distance between confidence and accuracy; NaN without rows."""
         if not len(self.rows):
             return math.nan
         return float(np.average(np.abs(self.confidence - self.accuracy), weights=self.rows))
+
+    @property
+    def chance(self) -> float:
+        """The error that confidences without any fault are expected to show on so few rows; NaN without rows.
+
+        The mean distance of a share from its probability p over n rows is about `sqrt(2 p (1 - p) / (pi n))`.
+        """
+        if not len(self.rows):
+            return math.nan
+        distance = np.sqrt(2 * self.confidence * (1 - self.confidence) / (math.pi * self.rows))
+        return float(np.average(distance, weights=self.rows))

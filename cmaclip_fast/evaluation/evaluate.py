@@ -96,9 +96,9 @@ class Classified:
         ]
         return float(torch.stack(losses).mean()) if losses else 0.0
 
-    def calibration_errors(self) -> dict[str, float]:
-        """The expected calibration error of each labelled task; NaN without labelled rows."""
-        return {task: self.reliability(task).error for task in self.labels}
+    def reliabilities(self) -> dict[str, Reliability]:
+        """The reliability diagram of each labelled task."""
+        return {task: self.reliability(task) for task in self.labels}
 
     def reliability(self, task: str) -> Reliability:
         """Of a labelled task; of a multi-label task that of every class of every row."""

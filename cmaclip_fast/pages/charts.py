@@ -247,5 +247,8 @@ def reliability_diagram(task: TaskView) -> _Chart | None:
         ("faint", "before", before.confidence, before.accuracy),
         ("ink", "after", after.confidence, after.accuracy),
     ]
-    caption = f"expected calibration error {before.error:.3f} before calibration, {after.error:.3f} after"
+    caption = (
+        f"expected calibration error {before.error:.3f} before calibration, {after.error:.3f} after; "
+        f"{after.chance:.3f} by chance on so many rows"
+    )
     return _chart("Accuracy over confidence", caption, "confidence", series, (0.0, 1.0), (0.0, 1.0))

@@ -95,8 +95,7 @@ def measure(
         "not_applicable": both.not_applicable(model.applies),
         "hierarchies": decisions.hierarchies(both),
         "calibration": {
-            task: {"expected_calibration_error": after.error, "before_calibration": raw.error}
-            for task, (raw, after) in said.items()
+            task: {**after.record(), "before_calibration": raw.error} for task, (raw, after) in said.items()
         },
         "modality_weights": mean_weights(both),
         "history": progression.history,

@@ -245,7 +245,7 @@ def test_evaluate_says_whether_the_promise_is_kept(cmaclip: Run, artifact: Path,
     with shapes.open() as file:
         right = [row["shape"] == said["shape"] for row, said in zip(csv.DictReader(file), rows, strict=True)]
     assert (shape["rows"], shape["accepted"], shape["right"]) == (len(rows), sum(accepted), sum(right))
-    assert 0 <= said["calibration"]["shape"] <= 1
+    assert 0 <= said["calibration"]["shape"]["expected_calibration_error"] <= 1
 
 
 def test_a_precision_that_nothing_reaches_is_said(cmaclip: Run, shapes: Path, tmp_path: Path) -> None:
