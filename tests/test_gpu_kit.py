@@ -91,7 +91,16 @@ def test_everything_is_imported_from_an_empty_folder(kit, tmp_path):
         "open_clip",
         "ftfy",
     ]
-    modules += ["datasets", "pydantic", "annotated_types", "typing_inspection", "wcwidth", "dill", "threadpoolctl"]
+    modules += [
+        "datasets",
+        "pydantic",
+        "annotated_types",
+        "typing_inspection",
+        "wcwidth",
+        "dill",
+        "threadpoolctl",
+        "platformdirs",
+    ]
     code = f"import importlib\nfor name in {modules}: print(importlib.import_module(name).__file__)"
     environment = os.environ | {"PYTHONPATH": str(site)}
     done = subprocess.run(

@@ -27,6 +27,7 @@ REQUIREMENTS = (
     *("open_clip_torch", "ftfy", "wcwidth"),
     *("pydantic", "pydantic_core", "annotated-types", "typing-inspection", "typing_extensions"),
     *("datasets", "dill", "multiprocess", "xxhash"),
+    "platformdirs",
     "threadpoolctl",  # of the tests
 )
 """What a machine with PyTorch and its usual company lacks, in the versions of constraints.txt."""
