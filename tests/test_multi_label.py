@@ -125,10 +125,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_labels_that_are_no_lists(case: str, tmp_path: Path) -> None:
     kind, cells, options, said = BAD[case]
-    path = write(tmp_path, kind, cells) if kind != "jsonl" or case == "an NA value that is not there" else None
-    if path is None:
-        path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows(cells)))
+    path = write(tmp_path, kind, cells)
     with pytest.raises(InputError, match=said) as error:
         read_table(path, Columns(text="title", multi_label=("tags",), **options))
     assert "\n" not in str(error.value)
