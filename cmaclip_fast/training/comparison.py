@@ -42,6 +42,7 @@ from cmaclip_fast.systems.build import create_system
 from cmaclip_fast.systems.presets import TINY, preset
 from cmaclip_fast.systems.registry import find_system
 from cmaclip_fast.training.curves import measure
+from cmaclip_fast.training.records import RECORDS, is_ours, read_record
 from cmaclip_fast.training.run import CHECKPOINT, TrainingRun, train
 from cmaclip_fast.working import locked, partial_directory
 
@@ -63,7 +64,7 @@ SYSTEMS = (
 )
 """What is compared unless others are named; the first is what the others are tested against."""
 
-LOCK, RECORDS = ".lock", "records"
+LOCK = ".lock"
 
 FORMAT = 4
 """Of a record; one of another format is not read."""
@@ -254,7 +255,7 @@ def compare(
 def _alone(output: Path) -> Iterator[None]:
     """Holds the folder, so that two commands do not train the same run in it."""
     for name in (PAGE, NUMBERS):
-        if (output / name).exists() and not (output / RECORDS).is_dir():
+        if (output / name).exists() and not ((output / RECORDS).is_dir() or is_ours(output / NUMBERS)):
             raise InputError(f"{output}: holds '{name}' but no comparison of ours: name another --output")
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -364,26 +365,6 @@ def record_path(output: Path, run: Run) -> Path:
 def _file_name(run: Run) -> str:
     tried = "" if run.tried is None else "-" + re.sub(r"[^A-Za-z0-9._=]+", "-", run.tried.name)
     return f"{run.system}{tried}-{run.seed}"
-
-
-def read_record(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of a finished run, or None.
-
-    Raises:
-        InputError: it is damaged, or was made with other settings.
-    """
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        before = record.pop("settings")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError):
-        raise InputError(f"{path}: damaged: remove it, and its run is repeated") from None
-    now = json.loads(json.dumps(settings))
-    changed = [key for key in now if before.get(key) != now[key]]
-    if changed:
-        raise InputError(f"{path}: was made with other settings ({', '.join(changed)}): name another --output")
-    return dict(record)
 
 
 def _check_repeats(option: str, values: Sequence[object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -245,6 +246,20 @@ def test_attention_is_drawn_for_the_first_seed_of_systems_that_have_it(
     pictures = sorted(path.name for path in (comparison.output / "attention" / "shapes").iterdir())
     assert pictures == ["cma-clip.png"]
     assert "](attention/shapes/cma-clip.png)" in page and "](attention/shapes/bert" not in page
+
+
+def test_a_copy_without_its_records_is_made_again(
+    comparison: Comparison, records: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """As in a clone of a repository that holds pages but no records."""
+    write_page(records, tmp_path, "cmaclip compare ...")
+    again = replace(comparison, output=tmp_path, systems=("bert",), seeds=(0,), kinds=())
+    assert len(compare(again, QUIET)) == 1
+    assert record_path(tmp_path, Run("shapes", "bert", 0)).is_file()
+    (tmp_path / "comparison.json").write_text("{}")
+    shutil.rmtree(tmp_path / "records")
+    with pytest.raises(InputError, match="no comparison of ours"):
+        compare(again, QUIET)
 
 
 def test_no_map_is_drawn_for_a_text_without_words(tmp_path: Path) -> None:
