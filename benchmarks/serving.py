@@ -129,18 +129,7 @@ def machine() -> str:
 
 def read_pairs(folder: Path, most: int) -> list[Pair]:
     """Rows of the test split, each picture as the file of one."""
-    source = Source(
-        data=None,
-        image=None,
-        text=None,
-        tasks=None,
-        keys=None,
-        image_dir=None,
-        split="test",
-        split_column=None,
-        on_bad_rows="skip",
-        max_image_pixels=25_000_000,
-    )
+    source = Source(split="test", on_bad_rows="skip")
     table, _ = source.checked(load_config(folder).trained_on(), print)
     pairs: list[Pair] = []
     for row in range(min(most, len(table))):

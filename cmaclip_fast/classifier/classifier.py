@@ -8,7 +8,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -131,18 +130,6 @@ class Classifier:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _make, (self.system, *self._made_with, self.columns, self.decisions, self.calibrated)
-
-    def with_min_precision(self, precision: float) -> Classifier:
-        """This classifier with thresholds for another precision of the answers that are accepted.
-
-        Raises:
-            InputError: a precision that is not in (0, 1], or a classifier without decisions.
-        """
-        if self.decisions is None:
-            raise InputError("min_precision: this classifier was not loaded: it has no validation answers to choose by")
-        other = copy(self)
-        other.decisions = self.decisions.with_min_precision(precision)
-        return other
 
     def read(self, output: Output) -> list[dict[str, Prediction]]:
         """The predictions of each row of a batch, from the engine's output for it."""

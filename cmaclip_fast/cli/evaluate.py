@@ -86,7 +86,6 @@ def evaluate(
         image=image,
         text=text,
         tasks=task,
-        keys=None,
         image_dir=image_dir,
         split=split,
         split_column=split_column,

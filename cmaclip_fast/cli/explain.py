@@ -63,7 +63,6 @@ def explain(
         image_dir=image_dir,
         split=split,
         split_column=split_column,
-        on_bad_rows="error",
         max_image_pixels=max_image_pixels,
         label_separator=label_separator,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from cmaclip_fast.data.check import RowPolicy, check_rows
+from cmaclip_fast.data.images import MAX_IMAGE_PIXELS
 from cmaclip_fast.data.named import Columns, Taxonomy, absolute, applies_task
 from cmaclip_fast.data.split import NAMES, split_table
 from cmaclip_fast.data.table import Table, read_table
@@ -96,16 +97,16 @@ class Source:
     list none.
     """
 
-    data: str | None
-    image: str | None
-    text: str | None
-    tasks: list[str] | None
-    keys: list[str] | None
-    image_dir: Path | None
+    data: str | None = None
+    image: str | None = None
+    text: str | None = None
+    tasks: list[str] | None = None
+    keys: list[str] | None = None
+    image_dir: Path | None = None
     split: str
-    split_column: str | None
-    on_bad_rows: RowPolicy
-    max_image_pixels: int
+    split_column: str | None = None
+    on_bad_rows: RowPolicy = "error"
+    max_image_pixels: int = MAX_IMAGE_PIXELS
     label_separator: str | None = None
 
     def checked(self, trained: TrainedOn, tell: Callable[[str], None]) -> tuple[Table, dict[str, int]]:

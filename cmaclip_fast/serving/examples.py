@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from cmaclip_fast.classifier.artifact import load_config
-from cmaclip_fast.data.images import MAX_IMAGE_PIXELS, ImageProblem
+from cmaclip_fast.data.images import ImageProblem
 from cmaclip_fast.data.source import Source
 from cmaclip_fast.errors import InputError
 from cmaclip_fast.serving.answers import as_png
@@ -24,18 +24,7 @@ def read_examples(directory: Path, most: int) -> list[Example]:
     if most < 1:
         return []
     config = load_config(directory)
-    source = Source(
-        data=None,
-        image=None,
-        text=None,
-        tasks=None,
-        keys=None,
-        image_dir=None,
-        split="test",
-        split_column=None,
-        on_bad_rows="skip",
-        max_image_pixels=MAX_IMAGE_PIXELS,
-    )
+    source = Source(split="test", on_bad_rows="skip")
     found: list[Example] = []
     try:
         table = source.unchecked(config.trained_on(), lambda message: None)
