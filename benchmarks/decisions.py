@@ -5,7 +5,9 @@ python -m benchmarks.decisions benchmarks/results/compare/decisions docs/tables/
 
 from __future__ import annotations
 
+import datetime
 import json
+import platform
 import statistics
 import sys
 from collections.abc import Sequence
@@ -62,6 +64,7 @@ def page(folder: Path) -> str:
             if statistics.mean(error) > MOST_ERROR:
                 missed.append(f"{data}, {task}: calibration error {statistics.mean(error):.3f}, over {MOST_ERROR:g}")
         lines += [f"## {data}", "", as_table(HEADINGS, rows), ""]
+    made = ", ".join(f"{name} {version}" for name, version in records[0]["versions"].items())
     verdict = "All goals are reached." if not missed else "Not reached: " + "; ".join(missed) + "."
     head = [
         "# Decisions on the test rows",
@@ -71,6 +74,8 @@ def page(folder: Path) -> str:
         f"Goals: mean precision at most {100 * LEEWAY:g} points below the target, calibration error at most "
         f"{MOST_ERROR:g}.",
         verdict,
+        "",
+        f"{platform.machine()}, {records[0]['threads']} threads a run; {made}; {datetime.date.today()}.",
         "",
     ]
     return "\n".join(head + lines)
