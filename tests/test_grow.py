@@ -100,6 +100,9 @@ def test_the_command_starts_from_a_folder(
     for option in (["--model", "ViT-B-32"], ["--system", "clip"], ["--option", "depth=3"], ["--pretrained", "x"]):
         refused = cmaclip(*command, *option, "--output", tmp_path / "other")
         assert refused.code == 2 and "leave it out" in refused.err
+    several = ["--text", "title", "--multi-label", "shape", "--label-separator", "r"]
+    other = cmaclip("train", "--from", artifact, "--data", data, *several, "--output", tmp_path / "other")
+    assert other.code == 2 and "do not name it by --multi-label" in other.err
     missing = cmaclip("train", "--from", tmp_path, "--data", data, *columns, "--output", tmp_path / "other")
     assert missing.code == 2 and "no config.json" in missing.err
 

@@ -296,6 +296,11 @@ def _started(run: TrainingRun, start: Start) -> TrainingRun:
     for option, given in asked.items():
         if given:
             raise InputError(f"{option}: system and model are those of '{start.directory}': leave it out")
+    columns, before = run.table.columns, start.config.columns.multi_label
+    for task in columns.tasks:
+        if task in start.config.tasks and (task in columns.multi_label) != (task in before):
+            remedy = f"pass --multi-label {task}" if task in before else "do not name it by --multi-label"
+            raise InputError(f"task '{task}': has other labels than in '{start.directory}': {remedy}, or rename it")
     return replace(run, system=start.config.system, model=start.config.model["name"], model_options=start.config.model)
 
 
